@@ -1,0 +1,750 @@
+#include <cstdint>
+#include <cstddef>
+
+enum class Type { f32, f64, f16, bf16 };
+
+// One depthwise (K x 1) convolution: sizes in elements, padding above and to the left
+// (what lies below and to the right follows from H_out and W_out).
+// x is (N, C, H, W), y (N, C, H_out, W_out), both dense in NHWC order if channels_last, else NCHW; weight (C, K), bias (C), dense.
+struct Problem {
+  int64_t N, C, H, W, H_out, W_out, K, stride_h, stride_w, padding_h, padding_w, dilation;
+  Type type;
+  bool channels_last;
+};
+
+// CUDA launchers (kernels/depthwise_kx1.cu): asynchronous on `stream` of the current device; return nullptr or what went wrong.
+// A null pointer is a tensor that is absent (bias) or not asked for (gradients); weight may be null if grad_input is, x if grad_weight is.
+const char* launch_forward(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream);
+size_t backward_workspace(const Problem&);  // bytes of scratch launch_backward needs for weight/bias gradients
+const char* launch_backward(const Problem&, const void* grad_output, const void* x, const void* weight,
+                            void* grad_input, void* grad_weight, void* grad_bias, void* workspace, void* stream);
+// ---- end of the part shared with the .cu ----
+
+#include <array>
+#include <mutex>
+#include <optional>
+#include <tuple>
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/library.h>
+#ifdef WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+// ---- CPU kernels ----
+// Both memory orders, all types and strides take one path. A tile (some rows of some columns) is packed into a dense float
+// buffer of rows of slots: slot q * lanes + l is pixel column q of lane l. Lanes are channels: of an NHWC image the
+// neighbours, of NCHW planes wider than a vector one alone, of narrower ones as many as a vector holds (a transposition).
+// So packing and unpacking know the layout and the type, and all arithmetic is on whole vectors of rows in cache.
+// Tiles are cut alike whatever the number of threads, and partial sums are added in a fixed order: results are reproducible.
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+#include <type_traits>
+#include <vector>
+#define INLINE __attribute__((always_inline)) inline
+namespace {
+struct Half { uint16_t bits; };
+struct BFloat16 { uint16_t bits; };
+INLINE float as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+INLINE uint32_t as_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
+INLINE float load(float v) { return v; }
+INLINE double load(double v) { return v; }
+INLINE float load(BFloat16 v) { return as_float(uint32_t(v.bits) << 16); }
+INLINE float load(Half v) {  // subnormal halves become normal floats by a subtraction, which rounds nothing
+  uint32_t m = (v.bits & 0x7fffu) << 13, normal = m + (m >= 0x0f800000u ? 0x70000000u : 0x38000000u);
+  uint32_t subnormal = as_bits(as_float(m + 0x38800000u) - as_float(0x38800000u));
+  return as_float((m < 0x00800000u ? subnormal : normal) | (v.bits & 0x8000u) << 16);
+}
+INLINE void store(float* p, float v) { *p = v; }
+INLINE void store(double* p, double v) { *p = v; }
+INLINE void store(BFloat16* p, float v) {  // to nearest even
+  uint32_t u = as_bits(v), r = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  p->bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : r);
+}
+INLINE void store(Half* p, float v) {  // to nearest even; adding 0.5 rounds what becomes subnormal
+  uint32_t b = as_bits(v), u = b & 0x7fffffffu, normal = (u - 0x38000000u + 0xfffu + (u >> 13 & 1)) >> 13;
+  uint32_t subnormal = as_bits(as_float(u) + 0.5f) - 0x3f000000u;
+  uint32_t r = u < 0x38800000u ? subnormal : normal;
+  r = u >= 0x47800000u ? 0x7c00u : r;
+  r = u > 0x7f800000u ? 0x7e00u : r;
+  p->bits = uint16_t(r | (b >> 16 & 0x8000u));
+}
+
+// Runs f(Bytes<vector size>) compiled for the best instruction set that this machine has.
+template <int N> using Bytes = std::integral_constant<int, N>;
+#if defined(__x86_64__)
+template <class F> __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void avx512(const F& f) { f(Bytes<64>()); }
+template <class F> __attribute__((target("avx2,fma"))) void avx2(const F& f) { f(Bytes<32>()); }
+const int vector_bytes = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 64
+                       : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 32 : 16;
+template <class F> void simd(const F& f) { vector_bytes == 64 ? avx512(f) : vector_bytes == 32 ? avx2(f) : f(Bytes<16>()); }
+#else
+const int vector_bytes = 16;
+template <class F> void simd(const F& f) { f(Bytes<16>()); }
+#endif
+
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }  // b > 0
+INLINE int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return std::max(lo, std::min(v, hi)); }
+
+// Pixel q of lane l of row r of an image lies at r * row + (col + q * step) * px + l * lane.
+struct View { int64_t rows, width, col, step, px, row, lane; };
+
+struct Job {
+  Problem p;
+  const void *in, *weight, *bias, *x;  // in: x forward, grad_output backward; x: for the weight gradient
+  void* out;                           // y or grad_input
+  bool forward, want_weight, want_bias;
+  View vin, vout, vgrad;               // vgrad: all columns of grad_output
+  int64_t lanes, channels, images;     // per tile; channels and images as regrouped (narrow planes of few channels)
+  int64_t q_begin, q_end, tile, band;  // columns that meet x; columns per tile, rows of out per tile
+  int64_t column_tiles, bands, groups, in_rows, slots, table_step, table;
+  double* sums;                        // of every task, (K + 1) x lanes: weight gradients, bias gradient
+};
+
+template <class T, class R>
+INLINE void pack_body(const View v, const T* __restrict src, int64_t row0, int64_t rows, int64_t q0, int64_t nq, int64_t lanes, int64_t present, R* __restrict dst, int64_t stride) {
+  bool dense = lanes == 1 || (v.lane == 1 && present == lanes);
+  int64_t px = v.step * v.px, n = nq * lanes, pad = std::min(stride, (n + 15) / 16 * 16);
+  src += row0 * v.row + (v.col + q0 * v.step) * v.px;
+  if (n == stride && v.row == nq * px && rows) n *= rows, nq *= rows, pad = n, rows = 1;  // rows that follow one another are one
+  for (int64_t r = 0; r < rows; r++, src += v.row, dst += stride) {
+    if (dense && px == lanes)
+      for (int64_t i = 0; i < n; i++) dst[i] = load(src[i]);
+    else if (dense && lanes > 1)
+      for (int64_t q = 0; q < nq; q++)
+        for (int64_t l = 0; l < lanes; l++) dst[q * lanes + l] = load(src[q * px + l]);
+    else
+      for (int64_t l = 0; l < lanes; l++)
+        for (int64_t q = 0; q < nq; q++) dst[q * lanes + l] = l < present ? load(src[l * v.lane + q * px]) : R(0);
+    for (int64_t i = n; i < pad; i++) dst[i] = 0;
+  }
+}
+
+// The reverse, which also fills the columns [a, b) that have no slot.
+template <class T, class R>
+INLINE void unpack_body(const View v, T* __restrict dst, int64_t row0, int64_t rows, int64_t q0, int64_t nq, int64_t lanes, int64_t present, const R* __restrict src, int64_t stride, int64_t a, int64_t b, const R* fill) {
+  bool dense = lanes == 1 || (v.lane == 1 && present == lanes);
+  int64_t px = v.step * v.px, n = nq * lanes, first = v.col + q0 * v.step, last = first + (nq - 1) * v.step + 1;
+  if (!nq) first = last = b;
+  bool gaps = first > a || last < b || v.step > 1;
+  dst += row0 * v.row;
+  if (n == stride && v.row == nq * px && rows && !gaps) n *= rows, nq *= rows, rows = 1;
+  for (int64_t r = 0; r < rows; r++, dst += v.row, src += stride) {
+    T* d = dst + first * v.px;
+    if (gaps)
+      for (int64_t c = a; c < b; c++) {
+        if (c == first && v.step == 1) c = last;
+        if (c < b) for (int64_t l = 0; l < present; l++) store(dst + c * v.px + l * v.lane, fill ? fill[l] : R(0));
+      }
+    if (dense && px == lanes)
+      for (int64_t i = 0; i < n; i++) store(d + i, src[i]);
+    else if (dense && lanes > 1)
+      for (int64_t q = 0; q < nq; q++)
+        for (int64_t l = 0; l < lanes; l++) store(d + q * px + l, src[q * lanes + l]);
+    else
+      for (int64_t l = 0; l < present; l++)
+        for (int64_t q = 0; q < nq; q++) store(d + l * v.lane + q * px, src[q * lanes + l]);
+  }
+}
+
+template <class R, int BYTES> struct Vector {
+  typedef R V __attribute__((vector_size(BYTES), aligned(sizeof(R)), may_alias));
+  static constexpr int64_t size = BYTES / sizeof(R);
+
+  // N rows of out: each is init + the sum over n taps of a row of weights times a row of in.
+  template <int N>
+  static INLINE void rows(R* out, int64_t out_step, const R* in, int64_t in_step, int64_t tap_step, int64_t n, const R* w, int64_t w_tap, int64_t w_step, const R* init, int64_t slots) {
+    for (int64_t i = 0; i < slots; i += size, in += size, out += size, w += w_step) {
+      V sum[N] = {};
+      if (init) for (int r = 0; r < N; r++) sum[r] = *(const V*)(init + i / size * w_step);
+      for (int64_t k = 0; k < n; k++) {
+        V wk = *(const V*)(w + k * w_tap);
+        for (int r = 0; r < N; r++) sum[r] += wk * *(const V*)(in + k * tap_step + r * in_step);
+      }
+      for (int r = 0; r < N; r++) *(V*)(out + r * out_step) = sum[r];
+    }
+  }
+
+  // Row m of out sums the taps k whose row m * step + off + k * dilation is in [0, in_rows).
+  static INLINE void conv(R* out, int64_t out_step, int64_t out_rows, const R* in, int64_t in_rows, int64_t step, int64_t off, int64_t dilation, int64_t K, const R* w, int64_t w_tap, int64_t w_step, const R* init, int64_t slots, int64_t stride) {
+    constexpr int N = 8;
+    int64_t k0 = K, k1 = K, n;  // taps [k0, k1) are in range
+    for (int64_t m = 0; m < out_rows; m += n) {
+      int64_t r = m * step + off, last = r + (N - 1) * step;
+      while (k0 > 0 && r + (k0 - 1) * dilation >= 0) k0--;
+      while (k1 > 0 && r + (k1 - 1) * dilation >= in_rows) k1--;
+      bool block = m + N <= out_rows && (k0 == 0 || last + (k0 - 1) * dilation < 0) && (k1 <= k0 || last + (k1 - 1) * dilation < in_rows);
+      const R* i = in + (k1 > k0 ? (r + k0 * dilation) * stride : 0);
+      n = block ? N : 1;
+      if (block) rows<N>(out + m * out_step, out_step, i, step * stride, dilation * stride, k1 - k0, w + k0 * w_tap, w_tap, w_step, init, slots);
+      else rows<1>(out + m * out_step, out_step, i, step * stride, dilation * stride, k1 - k0, w + k0 * w_tap, w_tap, w_step, init, slots);
+    }
+  }
+
+  // sums of N taps += g rows times x rows
+  template <int N>
+  static INLINE void dots(R* sums, int64_t stride, const R* g, const R* x, int64_t x_step, int64_t tap_step, int64_t rows, int64_t slots) {
+    for (int64_t i = 0; i < slots; i += size) {
+      V sum[N];
+      for (int r = 0; r < N; r++) sum[r] = *(const V*)(sums + r * stride + i);
+      for (int64_t h = 0; h < rows; h++) {
+        V gh = *(const V*)(g + h * stride + i);
+        for (int r = 0; r < N; r++) sum[r] += gh * *(const V*)(x + h * x_step + r * tap_step + i);
+      }
+      for (int r = 0; r < N; r++) *(V*)(sums + r * stride + i) = sum[r];
+    }
+  }
+
+  // sums of every tap k += rows [g0, g1) of grad_output times those rows [x0, x1) of x that the tap reaches from them
+  static INLINE void correlate(R* sums, const R* g, int64_t g0, int64_t g1, const R* x, int64_t x0, int64_t x1, int64_t padding, int64_t step, int64_t dilation, int64_t K, int64_t slots, int64_t stride) {
+    auto first = [&](int64_t k, int64_t row) { return clamp(ceil_div(row + padding - k * dilation, step), g0, g1); };
+    auto row = [&](int64_t k, int64_t h) { return x + (h * step - padding + k * dilation - x0) * stride; };
+    for (int64_t k = 0, n; k < K; k += n) {
+      n = K - k >= 8 ? 8 : K - k >= 3 ? 3 : 1;
+      int64_t h0 = first(k, x0), h1 = std::max(h0, first(k + n - 1, x1));  // rows common to the n taps
+      if (n == 8) dots<8>(sums + k * stride, stride, g + (h0 - g0) * stride, row(k, h0), step * stride, dilation * stride, h1 - h0, slots);
+      else if (n == 3) dots<3>(sums + k * stride, stride, g + (h0 - g0) * stride, row(k, h0), step * stride, dilation * stride, h1 - h0, slots);
+      else h1 = h0;
+      for (int64_t r = 2 * k; r < 2 * (k + n); r++) {  // what a tap alone has before and after them
+        int64_t t = r / 2, a = first(t, x0), b = first(t, x1), cut = clamp(h0, a, b);
+        if (r % 2) a = clamp(h1, cut, b); else b = cut;
+        if (a < b) dots<1>(sums + t * stride, stride, g + (a - g0) * stride, row(t, a), step * stride, 0, b - a, slots);
+      }
+    }
+  }
+};
+
+#define SIMD(...) simd([&](auto bytes) __attribute__((always_inline)) { (void)bytes; __VA_ARGS__; })
+template <class T, class... A> __attribute__((noinline)) void pack(const View& v, const T* src, A... a) { SIMD(pack_body(v, src, a...)); }
+template <class T, class... A> __attribute__((noinline)) void unpack(const View& v, T* dst, A... a) { SIMD(unpack_body(v, dst, a...)); }
+template <class R, class... A> __attribute__((noinline)) void conv(R* out, A... a) { SIMD(Vector<R, bytes.value>::conv(out, a...)); }
+template <class R, class... A> __attribute__((noinline)) void correlate(R* sums, A... a) { SIMD(Vector<R, bytes.value>::correlate(sums, a...)); }
+
+template <class T>
+void tasks(const Job& j, int64_t begin, int64_t end) {
+  using R = decltype(load(T()));
+  const Problem& p = j.p;
+  const int64_t K = p.K, S = p.stride_h, D = p.dilation, ns = j.slots, step = j.table_step, table = j.table;
+  const int64_t vector = vector_bytes / sizeof(R), units = j.images * j.bands * j.column_tiles;
+  std::vector<R> scratch((K + 1) * table + (K + 1) * ns + (j.in_rows + 2 * j.band) * ns + 64);
+  R* weights = scratch.data() + 64 / sizeof(R) - (uintptr_t)scratch.data() % 64 / sizeof(R);
+  R *sums = weights + (K + 1) * table, *in = sums + (K + 1) * ns, *out = in + j.in_rows * ns, *x = out + j.band * ns;
+  for (int64_t t = begin; t < end; t++) {
+    int64_t c0 = t / j.groups * j.lanes, lanes = p.channels_last ? std::min(j.lanes, j.channels - c0) : j.lanes, group = t % j.groups;
+    for (int64_t s = 0; s < table; s++) {
+      int64_t c = (c0 + s % lanes) % p.C;
+      if (j.weight) for (int64_t k = 0; k < K; k++) weights[k * table + s] = load(((const T*)j.weight)[c * K + k]);
+      weights[K * table + s] = j.bias ? load(((const T*)j.bias)[c]) : R(0);
+    }
+    const R* init = j.bias ? weights + K * table : nullptr;
+    std::fill(sums, sums + (K + 1) * ns, R(0));
+    double* total = j.sums + t * (K + 1) * j.lanes;
+    int64_t rows_summed = 0;
+    for (int64_t u = units * group / j.groups, u1 = units * (group + 1) / j.groups; u < u1; u++) {
+      int64_t ct = u % j.column_tiles, b = u / j.column_tiles % j.bands, n = u / j.column_tiles / j.bands;
+      int64_t o0 = j.vout.rows * b / j.bands, o1 = j.vout.rows * (b + 1) / j.bands;
+      int64_t q0 = j.q_begin + ct * j.tile, nq = std::min(j.tile, j.q_end - q0), slots = (nq * lanes + vector - 1) / vector * vector;
+      int64_t present = p.channels_last ? lanes : std::min({lanes, j.channels - c0, p.N * p.C - (n * j.channels + c0)});
+      auto image = [&](const View& v) { return p.channels_last ? n * v.rows * v.row + c0 : (n * j.channels + c0) * v.rows * v.row; };
+      // the rows of in that out rows [o0, o1) meet
+      int64_t i0 = j.forward ? o0 * S - p.padding_h : ceil_div(o0 + p.padding_h - (K - 1) * D, S);
+      int64_t i1 = j.forward ? (o1 - 1) * S - p.padding_h + (K - 1) * D + 1 : ceil_div(o1 + p.padding_h, S);
+      i0 = clamp(i0, 0, j.vin.rows), i1 = clamp(i1, i0, j.vin.rows);
+      if (j.out || j.want_weight) pack(j.vin, (const T*)j.in + image(j.vin), i0, i1 - i0, q0, nq, lanes, present, in, ns);
+      if (j.out) {
+        if (j.forward) conv(out, ns, o1 - o0, in, i1 - i0, S, o0 * S - p.padding_h - i0, D, K, weights, table, step, init, slots, ns);
+        else for (int64_t i = o0; i < std::min(o0 + S, o1); i++) {
+          // Rows i, i + S, ... of grad_input meet only the taps k, k + every, ...; the last of them meets the first row of grad_output.
+          int64_t k = 0, every = S / std::gcd(S, D);
+          while (k < every && (i + p.padding_h - k * D) % S) k++;
+          int64_t taps = k < every && k < K ? (K - 1 - k) / every + 1 : 0, d = every * D / S;
+          conv(out + (i - o0) * ns, S * ns, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + p.padding_h - k * D) / S - (taps - 1) * d - i0, d, taps,
+                  weights + (k + (taps - 1) * every) * table, -every * table, step, nullptr, slots, ns);
+        }
+        int64_t a = ct ? j.vout.col + q0 * j.vout.step : 0, e = ct + 1 < j.column_tiles ? j.vout.col + (q0 + nq) * j.vout.step : j.vout.width;
+        unpack(j.vout, (T*)j.out + image(j.vout), o0, o1 - o0, q0, nq, lanes, present, out, ns, a, e, init);
+      }
+      if (j.want_weight) {
+        pack(j.vout, (const T*)j.x + image(j.vout), o0, o1 - o0, q0, nq, lanes, present, x, ns);
+        correlate(sums, in, i0, i1, x, o0, o1, p.padding_h, S, D, K, slots, ns);
+      }
+      if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
+        int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
+        for (int64_t h = p.H_out * b / j.bands; h < p.H_out * (b + 1) / j.bands; h++)
+          for (int64_t w = w0; w < w1; w += j.tile) {
+            pack(j.vgrad, (const T*)j.in + image(j.vgrad), h, 1, w, std::min(j.tile, w1 - w), lanes, present, in, ns);
+            for (int64_t s = 0; s < std::min(j.tile, w1 - w) * lanes; s++) sums[K * ns + s] += in[s];
+          }
+      }
+      rows_summed += o1 - o0;
+      if ((j.want_weight || j.want_bias) && (rows_summed >= 1024 || u + 1 == u1)) {
+        for (int64_t k = 0; k <= K; k++)
+          for (int64_t s = 0; s < j.tile * lanes; s++) total[k * j.lanes + s % lanes] += sums[k * ns + s], sums[k * ns + s] = 0;
+        rows_summed = 0;
+      }
+    }
+  }
+}
+
+template <class F> void parallel(int64_t n, int64_t grain, const F& f) {  // torch's own threads: an OpenMP of ours would not be governed by torch
+  if (torch_parallel_for(0, n, grain, [](int64_t b, int64_t e, void* c) { (*(const F*)c)(b, e); }, (void*)&f))
+    throw std::runtime_error("depthwise_kx1: a CPU task failed");
+}
+
+// Cuts the work into tiles that stay in cache and tasks of some 32 Ki elements, and runs it.
+void run(Job j, void* grad_weight, void* grad_bias) {
+  Problem& p = j.p;
+  auto work = p.type == Type::f32 ? tasks<float> : p.type == Type::f64 ? tasks<double> : p.type == Type::f16 ? tasks<Half> : tasks<BFloat16>;
+  const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), budget = 32768, halo_all = (p.K - 1) * p.dilation;
+  if (p.H * p.W == 1 && p.H_out * p.W_out == 1) p.channels_last = true;  // the orders are the same; this one is faster
+  auto view = [&](int64_t rows, int64_t width, int64_t col, int64_t step) {
+    return p.channels_last ? View{rows, width, col, step, p.C, width * p.C, 1} : View{rows, width, col, step, 1, width, rows * width};
+  };
+  View vx = view(p.H, p.W, -p.padding_w, p.stride_w);
+  j.vgrad = view(p.H_out, p.W_out, 0, 1);
+  j.vin = j.forward ? vx : j.vgrad, j.vout = j.forward ? j.vgrad : vx;
+  j.q_begin = std::min(ceil_div(p.padding_w, p.stride_w), p.W_out);
+  j.q_end = clamp(ceil_div(p.W + p.padding_w, p.stride_w), j.q_begin, p.W_out);
+  const int64_t Q = std::max<int64_t>(j.q_end - j.q_begin, 1);
+  // as many columns as leave room for three times the rows that a tile shares with its neighbour
+  const int64_t halo = std::min(halo_all, j.vin.rows), wanted = clamp(budget / std::max(3 * halo + 16, p.K), 64, 1024);
+  const bool narrow = !p.channels_last && Q <= vector / 2;
+  j.lanes = p.channels_last ? std::min(p.C, wanted) : narrow ? (p.C < vector ? vector / p.C * p.C : vector) : 1;
+  j.channels = narrow && p.C < vector ? j.lanes : p.C;
+  j.images = (p.N * p.C + j.channels - 1) / j.channels;
+  j.tile = std::min(Q, std::max<int64_t>(1, wanted / j.lanes));
+  j.slots = (j.tile * j.lanes + vector - 1) / vector * vector;
+  j.band = clamp((budget / j.slots - halo) / (j.forward ? p.stride_h : 1), 16, j.vout.rows);
+  if (j.vout.rows < 16) j.band = j.vout.rows;
+  j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
+  j.column_tiles = (Q + j.tile - 1) / j.tile, j.bands = (j.vout.rows + j.band - 1) / j.band;
+  j.table_step = vector % j.lanes ? vector : 0, j.table = j.table_step ? j.slots : vector;
+  const int64_t blocks = (j.channels + j.lanes - 1) / j.lanes, units = j.images * j.bands * j.column_tiles;
+  const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
+  j.groups = clamp(total / blocks / std::max(budget, total / 256), 1, units);
+  const int64_t count = blocks * j.groups;
+  std::vector<double> sums;
+  if (j.want_weight || j.want_bias) sums.resize(count * (p.K + 1) * j.lanes);
+  j.sums = sums.data();
+  parallel(count, std::max<int64_t>(1, budget / (total / count + 1)), [&](int64_t b, int64_t e) { work(j, b, e); });
+  if (sums.empty()) return;
+  parallel(p.C, std::max<int64_t>(1, budget / (j.groups * (p.K + 1))), [&](int64_t b, int64_t e) {
+    for (int64_t c = b; c < e; c++)
+      for (int64_t k = 0; k <= p.K; k++) {
+        double s = 0;
+        for (int64_t v = c; v < j.channels; v += p.C)
+          for (int64_t g = 0; g < j.groups; g++) s += sums[((v / j.lanes * j.groups + g) * (p.K + 1) + k) * j.lanes + v % j.lanes];
+        void* to = k < p.K ? grad_weight : grad_bias;
+        int64_t i = k < p.K ? c * p.K + k : c;
+        if (!to) continue;
+        if (p.type == Type::f64) store((double*)to + i, s);
+        else if (p.type == Type::f32) store((float*)to + i, float(s));
+        else if (p.type == Type::f16) store((Half*)to + i, float(s));
+        else store((BFloat16*)to + i, float(s));
+      }
+  });
+}
+}  // namespace
+
+void cpu_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y) {
+  Job j{};
+  j.p = p, j.forward = true, j.in = x, j.weight = weight, j.bias = bias, j.out = y;
+  run(j, nullptr, nullptr);
+}
+
+void cpu_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight, void* grad_bias) {
+  Job j{};
+  j.p = p, j.in = grad_output, j.weight = weight, j.x = x, j.out = grad_input, j.want_weight = grad_weight, j.want_bias = grad_bias;
+  run(j, grad_weight, grad_bias);
+}
+
+// ---- The operators ----
+// forward and backward are ordinary dispatcher operators: CPU, CUDA and Meta kernels, autograd as PyTorch's own
+// generated code does it (both are bilinear, so every derivative is again one of the two), and autocast.
+namespace at::autocast {  // from ATen/autocast_mode.h, which would double the compile time
+TORCH_API ScalarType get_autocast_dtype(DeviceType);
+TORCH_API Tensor cached_cast(ScalarType, const Tensor&, DeviceType);
+}  // namespace at::autocast
+
+namespace {
+
+using at::IntArrayRef, at::Tensor;
+using c10::DispatchKeySet, c10::SymInt;
+using torch::autograd::Node, torch::autograd::SavedVariable, torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::tuple<Tensor, Tensor, Tensor>;
+using Mask = std::array<bool, 3>;
+
+#define STRING_(s) #s
+#define STRING(s) STRING_(s)
+
+const auto& forward_op() {
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow(STRING(DEPTHWISE_KX1_NAMESPACE) "::forward", "")
+      .typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef, int64_t)>();
+  return op;
+}
+
+const auto& backward_op() {
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow(STRING(DEPTHWISE_KX1_NAMESPACE) "::backward", "")
+      .typed<Tensors(const Tensor&, const Tensor&, const Tensor&, IntArrayRef, IntArrayRef, int64_t, Mask)>();
+  return op;
+}
+
+// ---- Arguments ----
+
+template <class Int> c10::ArrayRef<Int> sizes(const Tensor& t) {
+  if constexpr (std::is_same_v<Int, SymInt>) return t.sym_sizes(); else return t.sizes();
+}
+
+Tensor batched(const Tensor& x) { return x.dim() == 3 ? x.unsqueeze(0) : x; }
+
+// nn.Conv2d's rule: the output is channels_last if the input or the weight is.
+at::MemoryFormat memory_format(const Tensor& batched_x, const Tensor& weight) {
+  auto last = at::MemoryFormat::ChannelsLast;
+  return batched_x.suggest_memory_format() == last || weight.suggest_memory_format() == last ? last : at::MemoryFormat::Contiguous;
+}
+
+void check_like(const char* name, const Tensor& t, const Tensor& x) {
+  TORCH_CHECK(t.scalar_type() == x.scalar_type(), "Expected x and ", name, " to have the same dtype, but got x of ", x.scalar_type(),
+              " and ", name, " of ", t.scalar_type());
+  TORCH_CHECK(t.device() == x.device(), "Expected x and ", name, " to be on the same device, but got x on ", x.device(), " and ", name,
+              " on ", t.device());
+}
+
+// Every requirement on the arguments, in one place, for plain and for symbolic sizes; returns the output's sizes (like x, batched or not).
+template <class Int>
+c10::SmallVector<Int, 4> check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
+                               int64_t dilation) {
+  TORCH_CHECK(x.dim() == 3 || x.dim() == 4, "Expected x to be 3D (C, H, W) or 4D (N, C, H, W), but got x of size: ", sizes<Int>(x));
+  auto type = x.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
+              "Expected x to be float32, float64, float16 or bfloat16, but got x of ", type);
+  TORCH_CHECK(x.layout() == at::kStrided && weight.layout() == at::kStrided, "Expected x and weight to be dense, but got x of layout ",
+              x.layout(), " and weight of layout ", weight.layout());
+  check_like("weight", weight, x);
+  auto w = sizes<Int>(weight);
+  TORCH_CHECK(weight.dim() == 4 && w[1] == 1 && w[3] == 1 && w[2] >= 1, "Expected weight of size (C, 1, K, 1), but got weight of size: ", w);
+  if (bias && bias->defined()) {
+    check_like("bias", *bias, x);
+    TORCH_CHECK(bias->dim() == 1 && sizes<Int>(*bias)[0] == w[0], "Expected bias of size [", w[0], "], but got bias of size: ", sizes<Int>(*bias));
+  }
+  TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "Expected stride to be two positive integers, but got stride=", stride);
+  TORCH_CHECK(padding.size() == 4 && padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
+              "Expected padding to be four non-negative integers (left, right, top, bottom), but got padding=", padding);
+  TORCH_CHECK(dilation > 0, "Expected dilation to be positive, but got dilation=", dilation);
+
+  auto s = sizes<Int>(x);
+  size_t c = s.size() - 3;
+  TORCH_CHECK(s[c] == w[0], "Given weight of size ", w, ", expected x", s, " to have ", w[0], " channels, but got ", s[c], " channels instead");
+  TORCH_CHECK(s[c + 1] >= 1 && s[c + 2] >= 1, "Expected x", s, " to have non-empty H and W");
+  Int H = s[c + 1] + (padding[2] + padding[3]), W = s[c + 2] + (padding[0] + padding[1]), reach = (w[2] - 1) * dilation + 1;
+  TORCH_CHECK(H >= reach, "Calculated padded input size per channel: (", H, " x ", W, "). Kernel size: (", reach, " x 1), dilated. ",
+              "Kernel size can't be greater than actual input size");
+  c10::SmallVector<Int, 4> out(s.begin(), s.end());
+  out[c + 1] = (H - reach) / stride[0] + 1;
+  out[c + 2] = (W - 1) / stride[1] + 1;
+  return out;
+}
+
+template <class Int>
+void check_grad_output(const Tensor& grad_output, const Tensor& x, c10::ArrayRef<Int> expected) {
+  check_like("grad_output", grad_output, x);
+  TORCH_CHECK(sizes<Int>(grad_output) == expected, "Expected grad_output of size ", expected, ", but got grad_output of size: ", sizes<Int>(grad_output));
+}
+
+// The kernels' view of checked arguments. With one channel both layouts are the same memory: the plain one is preferred.
+Problem make_problem(const Tensor& x, const Tensor& weight, IntArrayRef out, IntArrayRef stride, IntArrayRef padding, int64_t dilation,
+                     at::MemoryFormat format) {
+  auto s = x.sizes();
+  size_t c = s.size() - 3;
+  auto type = x.scalar_type();
+  return {c ? s[0] : 1, s[c], s[c + 1], s[c + 2], out[c + 1], out[c + 2], weight.size(2), stride[0], stride[1], padding[2], padding[0], dilation,
+          type == at::kFloat ? Type::f32 : type == at::kDouble ? Type::f64 : type == at::kHalf ? Type::f16 : Type::bf16,
+          format == at::MemoryFormat::ChannelsLast && s[c] > 1};
+}
+
+// A new tensor of these sizes in this memory format; one without a batch is a batch of one seen without it.
+template <class Int> Tensor empty(c10::ArrayRef<Int> size, const Tensor& like, at::MemoryFormat format) {
+  auto make = [&](c10::ArrayRef<Int> s) {
+    if constexpr (std::is_same_v<Int, SymInt>) return at::empty_symint(s, like.options(), format); else return at::empty(s, like.options(), format);
+  };
+  if (size.size() == 4) return make(size);
+  return make(c10::SmallVector<Int, 4>{1, size[0], size[1], size[2]}).squeeze(0);
+}
+
+// ---- Kernels: Run is what differs between CPU and CUDA ----
+
+const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+void* mutable_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+template <class Run>
+Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, int64_t dilation) {
+  auto out = check<int64_t>(x, weight, bias, stride, padding, dilation);
+  Tensor x4 = batched(x);
+  auto format = memory_format(x4, weight);
+  Tensor y = empty<int64_t>(out, x, format);
+  if (y.numel() == 0) return y;
+  auto problem = make_problem(x, weight, out, stride, padding, dilation, format);
+  x4 = x4.contiguous(format);
+  Tensor w = weight.contiguous(), b = bias && bias->defined() ? bias->contiguous() : Tensor();
+  Run(x).forward(problem, data(x4), data(w), data(b), mutable_data(y));
+  return y;
+}
+
+template <class Run>
+Tensors backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, int64_t dilation,
+                 Mask mask) {
+  auto out = check<int64_t>(x, weight, {}, stride, padding, dilation);
+  check_grad_output<int64_t>(grad_output, x, out);
+  Tensor x4 = batched(x);
+  auto format = memory_format(x4, weight);
+  Tensor grad_x, grad_weight, grad_bias;
+  if (mask[0]) grad_x = empty<int64_t>(x.sizes(), x, format);
+  if (mask[1]) grad_weight = at::empty(weight.sizes(), weight.options(), weight.suggest_memory_format());
+  if (mask[2]) grad_bias = at::empty({weight.size(0)}, weight.options());
+  if (grad_output.numel() == 0) {
+    if (mask[1]) grad_weight.zero_();
+    if (mask[2]) grad_bias.zero_();
+  } else if (mask[0] || mask[1] || mask[2]) {
+    auto problem = make_problem(x, weight, out, stride, padding, dilation, format);
+    Tensor g = batched(grad_output).contiguous(format), w = mask[0] ? weight.contiguous() : Tensor();
+    x4 = mask[1] ? x4.contiguous(format) : Tensor();
+    Run(x).backward(problem, data(g), data(x4), data(w), mutable_data(grad_x), mutable_data(grad_weight), mutable_data(grad_bias));
+  }
+  return {grad_x, grad_weight, grad_bias};
+}
+
+struct OnCPU {
+  explicit OnCPU(const Tensor&) {}
+  static constexpr auto forward = cpu_forward;
+  static constexpr auto backward = cpu_backward;
+};
+
+#ifdef WITH_CUDA
+struct OnCUDA {
+  explicit OnCUDA(const Tensor& x) : options(x.options().dtype(at::kByte)), guard(x.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
+  void forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y) {
+    check(launch_forward(p, x, weight, bias, y, stream));
+  }
+  void backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_x, void* grad_weight, void* grad_bias) {
+    size_t bytes = grad_weight || grad_bias ? backward_workspace(p) : 0;
+    Tensor workspace = bytes ? at::empty({static_cast<int64_t>(bytes)}, options) : Tensor();
+    check(launch_backward(p, grad_output, x, weight, grad_x, grad_weight, grad_bias, mutable_data(workspace), stream));
+  }
+  static void check(const char* error) { TORCH_CHECK(!error, "depthwise_kx1: ", error); }
+  at::TensorOptions options;
+  c10::cuda::CUDAGuard guard;
+  cudaStream_t stream;
+};
+#endif
+
+Tensor forward_meta(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, int64_t dilation) {
+  auto out = check<SymInt>(x, weight, bias, stride, padding, dilation);
+  return empty<SymInt>(out, x, memory_format(batched(x), weight));
+}
+
+Tensors backward_meta(const Tensor& grad_output, const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, int64_t dilation,
+                      Mask mask) {
+  auto out = check<SymInt>(x, weight, {}, stride, padding, dilation);
+  check_grad_output<SymInt>(grad_output, x, out);
+  Tensor grad_x, grad_weight, grad_bias;
+  if (mask[0]) grad_x = empty<SymInt>(x.sym_sizes(), x, memory_format(batched(x), weight));
+  if (mask[1]) grad_weight = at::empty_symint(weight.sym_sizes(), weight.options(), weight.suggest_memory_format());
+  if (mask[2]) grad_bias = at::empty_symint({weight.sym_size(0)}, weight.options());
+  return {grad_x, grad_weight, grad_bias};
+}
+
+Tensor forward_autocast(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
+                        int64_t dilation) {
+  auto device = x.device().type();
+  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet({c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA}));
+  auto type = at::autocast::get_autocast_dtype(device);
+  auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
+  return forward_op().call(cast(x), cast(weight), bias ? OptionalTensor(cast(*bias)) : bias, stride, padding, dilation);
+}
+
+// ---- Autograd ----
+
+// Nodes are held by std::shared_ptr in older versions of torch, by c10::intrusive_ptr in newer ones.
+using NodePtr = decltype(torch::autograd::Edge::function);
+
+template <class N, class Ptr = NodePtr> std::pair<N*, Ptr> make_node() {
+  if constexpr (std::is_same_v<Ptr, std::shared_ptr<Node>>) {
+    auto node = new N;
+    return {node, Ptr(node, [](auto* n) { deleteNode(n); })};
+  } else {
+    auto node = c10::make_intrusive<N>();
+    return {node.get(), node};
+  }
+}
+
+Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a.add(b); }
+
+struct Parameters {
+  std::array<int64_t, 2> stride;
+  std::array<int64_t, 4> padding;
+  int64_t dilation;
+  Parameters() = default;
+  Parameters(IntArrayRef s, IntArrayRef p, int64_t d) : dilation(d) {
+    TORCH_CHECK(s.size() == 2 && p.size() == 4, "Expected two strides and four paddings, but got stride=", s, " and padding=", p);
+    std::copy(s.begin(), s.end(), stride.begin());
+    std::copy(p.begin(), p.end(), padding.begin());
+  }
+  // forward is linear in (x) and in (weight, bias): a missing weight is zero, a missing x makes nothing.
+  Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& bias = {}) const {
+    return forward_op().call(x, weight, bias.defined() ? OptionalTensor(bias) : std::nullopt, stride, padding, dilation);
+  }
+  Tensors backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight, Mask mask) const {
+    return backward_op().call(grad_output, x, weight, stride, padding, dilation, mask);
+  }
+  // Change of forward with its arguments; undefined changes are zero.
+  Tensor forward_tangent(const Tensor& x, const Tensor& weight, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) const {
+    Tensor a = dx.defined() ? forward(dx, weight) : Tensor();
+    Tensor b = dweight.defined() || dbias.defined() ? forward(x, dweight.defined() ? dweight : at::zeros_like(weight), dbias) : Tensor();
+    return plus(a, b);
+  }
+};
+
+struct DepthwiseKx1Backward : Node {
+  SavedVariable x, weight;
+  Parameters parameters;
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return variable_list(3);
+    auto [grad_x, grad_weight, grad_bias] = parameters.backward(
+        grads[0], x.unpack(), weight.unpack(), {task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2)});
+    return {grad_x, grad_weight, grad_bias};
+  }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    x.reset_data();
+    weight.reset_data();
+  }
+  std::string name() const override { return "DepthwiseKx1Backward"; }
+};
+
+struct DepthwiseKx1BackwardBackward : Node {
+  SavedVariable grad_output, x, weight;
+  Parameters parameters;
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Tensor g = grad_output.unpack(), x_ = x.unpack(), w = weight.unpack(), to_grad_output, to_x, to_weight;
+    if (task_should_compute_output(0)) to_grad_output = parameters.forward_tangent(x_, w, grads[0], grads[1], grads[2]);
+    if (task_should_compute_output(1) && grads[1].defined()) to_x = std::get<0>(parameters.backward(g, x_, grads[1], {true, false, false}));
+    if (task_should_compute_output(2) && grads[0].defined()) to_weight = std::get<1>(parameters.backward(g, grads[0], w, {false, true, false}));
+    return {to_grad_output, to_x, to_weight};
+  }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    grad_output.reset_data();
+    x.reset_data();
+    weight.reset_data();
+  }
+  std::string name() const override { return "DepthwiseKx1BackwardBackward"; }
+};
+
+Tensor tangent(const Tensor& t) { return t.defined() ? t._fw_grad(0) : Tensor(); }
+Tensor primal(const Tensor& t) { return tangent(t).defined() ? t._fw_primal(0) : t; }
+void set_tangent(const Tensor& t, const Tensor& value) {
+  if (t.defined() && value.defined()) t._set_fw_grad(value, 0, /*is_inplace_op=*/false);
+}
+
+Tensor forward_autograd(DispatchKeySet keys, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
+                        IntArrayRef padding, int64_t dilation) {
+  NodePtr history;
+  if (torch::autograd::compute_requires_grad(x, weight, bias)) {
+    auto [node, pointer] = make_node<DepthwiseKx1Backward>();
+    history = std::move(pointer);
+    node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
+    node->x = SavedVariable(x, false);
+    node->weight = SavedVariable(weight, false);
+    node->parameters = {stride, padding, dilation};
+  }
+  Tensor y = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return forward_op().redispatch(keys & c10::after_autograd_keyset, x, weight, bias, stride, padding, dilation);
+  }();
+  if (history) torch::autograd::set_history(y, history);
+
+  Tensor dx = tangent(x), dweight = tangent(weight), dbias = bias ? tangent(*bias) : Tensor();
+  if (dx.defined() || dweight.defined() || dbias.defined())
+    set_tangent(y, Parameters(stride, padding, dilation).forward_tangent(primal(x), primal(weight), dx, dweight, dbias));
+  return y;
+}
+
+Tensors backward_autograd(DispatchKeySet keys, const Tensor& grad_output, const Tensor& x, const Tensor& weight, IntArrayRef stride,
+                          IntArrayRef padding, int64_t dilation, Mask mask) {
+  NodePtr history;
+  if (torch::autograd::compute_requires_grad(grad_output, x, weight)) {
+    auto [node, pointer] = make_node<DepthwiseKx1BackwardBackward>();
+    history = std::move(pointer);
+    node->set_next_edges(torch::autograd::collect_next_edges(grad_output, x, weight));
+    node->grad_output = SavedVariable(grad_output, false);
+    node->x = SavedVariable(x, false);
+    node->weight = SavedVariable(weight, false);
+    node->parameters = {stride, padding, dilation};
+  }
+  auto [grad_x, grad_weight, grad_bias] = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return backward_op().redispatch(keys & c10::after_autograd_keyset, grad_output, x, weight, stride, padding, dilation, mask);
+  }();
+  if (history)
+    for (const Tensor& t : {grad_x, grad_weight, grad_bias}) torch::autograd::set_history(t, history);
+
+  Tensor dg = tangent(grad_output), dx = tangent(x), dweight = tangent(weight);
+  if (dg.defined() || dx.defined() || dweight.defined()) {
+    Parameters parameters(stride, padding, dilation);
+    Tensor g = primal(grad_output), x_ = primal(x), w = primal(weight), from_weight, from_x;
+    Tensors from_g;
+    if (dg.defined()) from_g = parameters.backward(dg, x_, w, mask);
+    if (dweight.defined() && mask[0]) from_weight = std::get<0>(parameters.backward(g, x_, dweight, {true, false, false}));
+    if (dx.defined() && mask[1]) from_x = std::get<1>(parameters.backward(g, dx, w, {false, true, false}));
+    set_tangent(grad_x, plus(std::get<0>(from_g), from_weight));
+    set_tangent(grad_weight, plus(std::get<1>(from_g), from_x));
+    set_tangent(grad_bias, std::get<2>(from_g));
+  }
+  return {grad_x, grad_weight, grad_bias};
+}
+
+// ---- Registration ----
+
+#define LIBRARY(name, m) TORCH_LIBRARY(name, m)  // these two expand the name
+#define KERNELS(name, key, m) TORCH_LIBRARY_IMPL(name, key, m)
+
+LIBRARY(DEPTHWISE_KX1_NAMESPACE, m) {
+  m.def("forward(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, int dilation) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
+  m.def("backward(Tensor grad_output, Tensor x, Tensor weight, int[2] stride, int[4] padding, int dilation, bool[3] output_mask)"
+        " -> (Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+}
+KERNELS(DEPTHWISE_KX1_NAMESPACE, CPU, m) {
+  m.impl("forward", forward<OnCPU>);
+  m.impl("backward", backward<OnCPU>);
+}
+#ifdef WITH_CUDA
+KERNELS(DEPTHWISE_KX1_NAMESPACE, CUDA, m) {
+  m.impl("forward", forward<OnCUDA>);
+  m.impl("backward", backward<OnCUDA>);
+}
+#endif
+KERNELS(DEPTHWISE_KX1_NAMESPACE, Meta, m) {
+  m.impl("forward", forward_meta);
+  m.impl("backward", backward_meta);
+}
+KERNELS(DEPTHWISE_KX1_NAMESPACE, Autograd, m) {
+  m.impl("forward", forward_autograd);
+  m.impl("backward", backward_autograd);
+}
+KERNELS(DEPTHWISE_KX1_NAMESPACE, AutocastCPU, m) { m.impl("forward", forward_autocast); }
+KERNELS(DEPTHWISE_KX1_NAMESPACE, AutocastCUDA, m) { m.impl("forward", forward_autocast); }
+
+}  // namespace

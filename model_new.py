@@ -1,0 +1,300 @@
+"""ModelNew: a depthwise (K x 1) convolution layer, in place of one held by nn.Conv2d.
+
+The convolution is an operator of our own, written in C++ and CUDA (kernels/), compiled by
+torch.utils.cpp_extension.load_inline at the first import and cached in TORCH_EXTENSIONS_DIR.
+
+python model_new.py                  time the layer on the reference problem
+python model_new.py --bundle FILE|-  write this file with the kernel sources inside it
+"""
+import ctypes
+import fcntl
+import glob
+import hashlib
+import operator
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+
+import torch
+import torch.nn as nn
+from torch._appdirs import user_cache_dir as _user_cache_dir
+
+_SOURCES = None  # {file name: text} in a bundle
+_STARTED = time.perf_counter()
+
+
+def _read_sources():
+    """The kernel sources: a bundle's own, else from kernels/ beside this file, else from kernels/ in the working directory."""
+    if _SOURCES:
+        return _SOURCES
+    own = [os.path.dirname(os.path.abspath(__file__))] if "__file__" in globals() else []
+    folders = [os.path.join(place, "kernels") for place in own + [os.getcwd()]]
+    for folder in folders:
+        paths = [os.path.join(folder, name) for name in ("depthwise_kx1.cpp", "depthwise_kx1.cu")]
+        if all(map(os.path.isfile, paths)):
+            return {os.path.basename(path): open(path, encoding="utf-8").read() for path in paths}
+    raise FileNotFoundError(f"kernels/depthwise_kx1.cpp and .cu are neither in {' nor in '.join(folders)}: keep model_new.py "
+                            "beside its kernels/, or use the self-contained file that `python model_new.py --bundle FILE` writes")
+
+
+def _find_toolkit():
+    """(folder, version) of the CUDA toolkit, or (None, None). nvcc on PATH may be a wrapper that lies elsewhere: the headers decide."""
+    nvcc = shutil.which("nvcc")
+    beside = [os.path.dirname(os.path.dirname(path)) for path in (nvcc, os.path.realpath(nvcc))] if nvcc else []
+    for home in [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), *beside, "/usr/local/cuda"]:
+        headers = home and [f"{home}/include/cuda.h", *glob.glob(f"{glob.escape(home)}/targets/*/include/cuda.h")]
+        for header in filter(os.path.isfile, headers if home and os.path.isfile(f"{home}/bin/nvcc") else []):
+            with open(header, errors="replace") as file:
+                version = int(re.search(r"#define CUDA_VERSION (\d+)", file.read()).group(1))
+            return home, f"{version // 1000}.{version % 1000 // 10}"
+    return None, None
+
+
+def _gpu_architectures():
+    """nvcc flags for the GPUs of this host, asked of the driver's management library where there is one:
+    to ask torch would initialise CUDA, which is slow and forbids a later fork."""
+    if torch.cuda._raw_device_count_nvml() < 0:
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    else:
+        nvml, device, major, minor = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+        found = set()
+        nvml.nvmlInit_v2()
+        for i in range(torch.cuda._raw_device_count_nvml()):
+            nvml.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(device))
+            nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+            found.add((major.value, minor.value))
+    return [f"-gencode=arch=compute_{a}{b},code=sm_{a}{b}" for a, b in sorted(found)]
+
+
+def _plan_cuda():
+    """(toolkit folder, its version, nvcc's architecture flags, None), or what is missing for CUDA kernels as the last of the four."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    home, version = _find_toolkit()
+    missing = None
+    if torch.version.cuda is None:
+        missing = "this torch is not a CUDA build: install one that is (https://pytorch.org)"
+    elif not listed and torch.cuda.device_count() == 0:
+        missing = "no GPU was visible: make one visible, or set TORCH_CUDA_ARCH_LIST to build ahead"
+    elif home is None:
+        missing = (f"no CUDA toolkit (bin/nvcc and include/cuda.h) was found at CUDA_HOME, around nvcc on PATH or in /usr/local/cuda: "
+                   f"install that of CUDA {torch.version.cuda}, or set CUDA_HOME to it")
+    elif version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        missing = (f"the CUDA toolkit in {home} is {version} but torch's CUDA is {torch.version.cuda}: "
+                   f"install a toolkit of the same major version and set CUDA_HOME to it")
+    if missing:
+        return None, None, [], missing
+    return home, version, [] if listed else _gpu_architectures(), None  # torch itself turns TORCH_CUDA_ARCH_LIST into flags
+
+
+class _Explain:
+    """Turns an OSError while building into one that says what to do."""
+    def __init__(self, root):
+        self.root = root
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, OSError) and error.errno:
+            raise RuntimeError(f"cannot build in the extensions directory {self.root} ({error}): "
+                               "set TORCH_EXTENSIONS_DIR to a folder that can be written and has room") from error
+
+
+def _build(library, **options):
+    """Builds in a fresh folder, loads, and moves the result to its final name in one step, so that no half-written library
+    is ever seen. One process builds at a time; the system frees the lock of one that dies, the next clears what it left."""
+    root, name = os.path.dirname(library), os.path.splitext(os.path.basename(library))[0]
+    with _Explain(root):
+        os.makedirs(root, exist_ok=True)
+        with open(f"{root}/{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.exists(library):
+                return
+            for stale in glob.glob(glob.escape(f"{root}/{name}.build") + "*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=f"{name}.build", dir=root, ignore_cleanup_errors=True) as folder:
+                _compile(name, folder, **options)
+                os.replace(glob.glob(glob.escape(folder) + "/*.so")[0], library)
+
+
+def _compile(name, folder, sources, cflags, cuda_flags, cuda_home):
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])  # pip's ninja, environment not activated
+    if not shutil.which("ninja", path=path):
+        raise RuntimeError("building the kernels needs ninja, which is not on PATH: pip install ninja")
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler.split()[0]):
+        raise RuntimeError(f"building the kernels needs a C++ compiler, and {compiler!r} is not on PATH: install g++, or set CXX")
+    print(f"model_new: building {'CUDA and CPU' if cuda_home else 'CPU'} kernels in {os.path.dirname(folder)}, once", file=sys.stderr, flush=True)
+
+    from unittest.mock import patch
+    from torch.utils import cpp_extension
+    shared, cpp, cu = *sources["depthwise_kx1.cpp"].partition("// ---- end of the part shared with the .cu ----")[::2], sources["depthwise_kx1.cu"]
+    with patch.dict(os.environ, PATH=path), patch.object(cpp_extension, "CUDA_HOME", cuda_home):
+        cpp_extension.load_inline(name, shared + cpp, shared + cu if cuda_home else None, extra_cflags=cflags, extra_cuda_cflags=cuda_flags,
+                                  build_directory=folder, is_python_module=False, no_implicit_headers=True)
+
+
+def _load():
+    """The operators' namespace, built and loaded if this process has not got it yet."""
+    def digest(*values):
+        return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+    sources = _read_sources()
+    namespace = f"depthwise_kx1_{digest(sorted(sources.items()))}"
+    ops = getattr(torch.ops, namespace)
+    if hasattr(ops, "forward"):  # another copy of this file came first
+        return ops
+    cuda_home, cuda_version, architectures, missing = _plan_cuda()
+    cflags = ["-O3", f"-DDEPTHWISE_KX1_NAMESPACE={namespace}"] + ["-DWITH_CUDA"] * bool(cuda_home)
+    cuda_flags = ["-O3", *architectures]
+    root = os.path.abspath(os.environ.get("TORCH_EXTENSIONS_DIR") or _user_cache_dir("torch_extensions"))
+    library = os.path.join(root, namespace + "_" + digest(
+        torch.__version__, torch.version.git_version, torch.version.cuda, sys.implementation.cache_tag, os.uname().machine,
+        cflags, cuda_version, cuda_flags, cuda_home and os.environ.get("TORCH_CUDA_ARCH_LIST")) + ".so")
+    if not os.path.exists(library):
+        _build(library, sources=sources, cflags=cflags, cuda_flags=cuda_flags, cuda_home=cuda_home)
+    if not hasattr(ops, "forward"):  # not loaded by the build
+        torch.ops.load_library(library)
+    _register(ops, namespace, missing)
+    return ops
+
+
+def _register(ops, namespace, missing):
+    """What is registered from Python, once per namespace: torch.vmap, and the error for CUDA tensors where there are no CUDA kernels."""
+    def refuse(*_):
+        raise RuntimeError(f"model_new was imported without CUDA kernels, because {missing}; then import it in a new process")
+
+    def fold(x, dim, size, channels):
+        """A tensor whose vmapped dimension (`size` copies if it has none) is folded into its channels."""
+        x = x.expand(size, *x.shape).movedim(0, channels - 1) if dim is None else x.movedim(dim, channels - 1)
+        return x.flatten(channels - 1, channels)
+
+    def unfold(y, size, channels):
+        return (None, None) if y is None else (y.unflatten(channels, (size, y.shape[channels] // size)), y.dim() + channels)
+
+    def vmap_forward(info, dims, x, weight, bias, *rest):
+        size = info.batch_size
+        if dims[1] is None and dims[2] is None:  # a larger batch will do
+            x = x.movedim(dims[0], 0)
+            if x.dim() == 4:
+                return ops.forward.default(x, weight, bias, *rest), 0
+            y = ops.forward.default(x.flatten(0, 1), weight, bias, *rest)
+            return y.unflatten(0, x.shape[:2]), 0
+        bias = None if bias is None else fold(bias, dims[2], size, -1)
+        return unfold(ops.forward.default(fold(x, dims[0], size, -3), fold(weight, dims[1], size, -4), bias, *rest), size, -3)
+
+    def vmap_backward(info, dims, *arguments):
+        size = info.batch_size
+        folded = [fold(t, dim, size, at) for t, dim, at in zip(arguments, dims, (-3, -3, -4))]
+        grads = ops.backward.default(*folded, *arguments[3:])
+        return tuple(zip(*(unfold(t, size, at) for t, at in zip(grads, (-3, -4, -1)))))
+
+    ops._registered = torch.library.Library(namespace, "IMPL")  # lives as long as the namespace
+    ops._has_cuda = missing is None
+    for name, vmap in ("forward", vmap_forward), ("backward", vmap_backward):
+        torch.library.register_vmap(f"{namespace}::{name}", vmap, lib=ops._registered)
+        if missing:
+            ops._registered.impl(name, refuse, "CUDA")
+
+
+_ops = _load()
+_has_cuda = _ops._has_cuda
+
+
+def _ints(name, value, least, length, error=RuntimeError):
+    """`value`, an int or a tuple of one or `length` ints, as a tuple of `length` ints."""
+    values = tuple(value) if isinstance(value, (tuple, list)) and length > 1 else (value,)
+    expected = f"an int{f' or a tuple of {length} ints' if length > 1 else ''}, at least {least}"
+    if not all(hasattr(v, "__index__") and not isinstance(v, bool) for v in values):
+        raise TypeError(f"expected {name} to be {expected}, but got {name}={value!r}")
+    if len(values) not in (1, length) or min(values) < least:
+        raise error(f"expected {name} to be {expected}, but got {name}={value!r}")
+    return tuple(map(operator.index, values)) * (length // len(values))
+
+
+class ModelNew(nn.Module):
+    """Depthwise (kernel_size x 1) convolution, y = Model(...)(x), with nn.Conv2d's arguments, parameters and results.
+
+    x is (N, C, H, W) or (C, H, W), of float32, float64, float16 or bfloat16, on the CPU or a GPU.
+    """
+
+    def __init__(self, in_channels, kernel_size, stride=1, padding=0, dilation=1, bias=False):
+        super().__init__()
+        _ints("in_channels", in_channels, 1, 1, ValueError)
+        _ints("kernel_size", kernel_size, 1, 1)
+        self._stride = _ints("stride", stride, 1, 2)
+        dilations = _ints("dilation", dilation, 1, 2)
+        pads = None if isinstance(padding, str) else _ints("padding", padding, 0, 2)
+        # Holds the parameters (same draws, same state_dict) and checks a padding string; its own forward is never called.
+        self.conv2d = nn.Conv2d(in_channels, in_channels, (kernel_size, 1), stride, padding, dilations,
+                                groups=in_channels, bias=bias)
+        self._dilation = dilations[0]
+        self._padding = (pads[1], pads[1], pads[0], pads[0]) if pads else tuple(self.conv2d._reversed_padding_repeated_twice)
+
+    def forward(self, x):
+        conv2d = self.conv2d
+        return _ops.forward.default(x, conv2d.weight, conv2d.bias, self._stride, self._padding, self._dilation)
+
+
+def _bundle():
+    """This file's text with the kernel sources inside it."""
+    text = open(__file__, encoding="utf-8").read()
+    literal = "".join(f"    {name!r}: r'''{source}''',\n" for name, source in _read_sources().items())
+    return text.replace("\n_SOURCES = None", "\n_SOURCES = {\n" + literal + "}", 1)
+
+
+def _median_ms(function, device, repeats):
+    """Median time of a call: on a GPU between events, so that the host's part is hidden as it is in real use."""
+    times = []
+    for i in range(repeats + 3):
+        if device == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record(); function(); end.record(); end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            start = time.perf_counter(); function()
+            times.append((time.perf_counter() - start) * 1e3)
+    return sorted(times[3:])[repeats // 2]
+
+
+def _main(arguments):
+    if arguments:
+        if len(arguments) != 2 or arguments[0] != "--bundle":
+            sys.exit("usage: python model_new.py [--bundle FILE|-]")
+        if arguments[1] == "-":
+            sys.stdout.write(_bundle())
+        else:
+            with open(arguments[1], "w", encoding="utf-8") as file:
+                file.write(_bundle())
+        return
+    device = "cuda" if torch.cuda.is_available() and _has_cuda else "cpu"
+    torch.manual_seed(0)
+    model = ModelNew(8, 3).to(device)
+    x = torch.rand(64 if device == "cuda" else 8, 8, 512, 512, device=device)
+    with torch.no_grad():
+        y = model(x)
+        copy = torch.empty((x.numel() + y.numel()) // 2, device=device)  # reads and writes as much as the layer
+        source = torch.rand_like(copy)
+        ms, copy_ms = (_median_ms(f, device, 50) for f in (lambda: model(x), lambda: copy.copy_(source)))
+        weight = model.conv2d.weight.double()
+        error = max((sum(weight[:, :, k] * image.double()[:, k:k + y.shape[2]] for k in range(3)) - out).abs().max().item()
+                    for image, out in zip(x, y))
+    gigabytes = (x.numel() + y.numel()) * x.element_size() / 1e9
+    for label, value in {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda})",
+        "build or load": f"{_READY:.2f} s",
+        "problem": f"{tuple(x.shape)} -> {tuple(y.shape)}, K=3, {x.dtype}",
+        "time": f"{ms:.3f} ms (median of 50)",
+        "rate": f"{gigabytes / ms * 1e3:.0f} GB/s, {copy_ms / ms:.2f} of a plain copy's",
+        "largest error": f"{error:.1e} against float64",
+    }.items():
+        print(f"{label:14} {value}")
+
+
+_READY = time.perf_counter() - _STARTED
+if __name__ == "__main__" and os.path.abspath(_main.__code__.co_filename) == os.path.abspath(sys.argv[0]):
+    _main(sys.argv[1:])

@@ -1,0 +1,1131 @@
+"""Self-test and benchmark of model_new.py; needs torch and ninja only.
+
+python test_model_new.py                               every test, on every device present (runs under pytest, too)
+python test_model_new.py --bench [forward|backward]    times against a plain copy, nn.Conv2d and torch.compile
+"""
+import argparse, contextlib, copy, fnmatch, importlib.util, inspect, io, itertools, json, math, os, random, re, shutil
+import statistics, subprocess, sys, tempfile, time, traceback, unittest, warnings
+from collections import namedtuple
+from pathlib import Path
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy|Using padding='same'")
+import torch
+from torch import nn
+from torch.autograd import grad
+
+import model_new
+from model_new import ModelNew
+
+HERE = Path(__file__).resolve().parent
+SEED = random.SystemRandom().randrange(2**31)  # fresh each run; --seed N repeats one
+DTYPES = {torch.float32: 2e-6, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}  # and the error allowed
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+# What ModelNew stands in for, as a benchmark would state it: a module, its inputs and its globals.
+PROBLEM = """
+import torch
+import torch.nn as nn
+
+class Model(nn.Module):
+    def __init__(self, in_channels, kernel_size, stride=1, padding=0, dilation=1, bias=False):
+        super().__init__()
+        self.conv2d = nn.Conv2d(in_channels, in_channels, kernel_size=(kernel_size, 1), stride=stride, padding=padding,
+                                dilation=dilation, groups=in_channels, bias=bias)
+
+    def forward(self, x):
+        return self.conv2d(x)
+
+batch_size = 4
+in_channels = 8
+kernel_size = 3
+width = 48
+height = 64
+stride = 1
+padding = 0
+dilation = 1
+
+def get_inputs():
+    return [torch.rand(batch_size, in_channels, height, width)]
+
+def get_init_inputs():
+    return [in_channels, kernel_size, stride, padding, dilation]
+"""
+_problem = {}
+exec(PROBLEM, _problem)
+Model = _problem["Model"]
+
+
+# ---- cases ----------------------------------------------------------------------------------------------------------
+
+Case = namedtuple("Case", "name shape K stride padding dilation bias")
+CASES = [Case(*row) for row in [
+    # name                         (N, C, H, W)        K  stride  padding  dilation bias
+    ("plain",                      (2, 8, 32, 32),     3, 1,      0,       1,       False),
+    ("one element",                (1, 1, 1, 1),       1, 1,      0,       1,       True),
+    ("1x1 planes",                 (3, 5, 1, 1),       3, 1,      1,       1,       True),
+    ("one channel",                (2, 1, 17, 13),     5, 1,      (2, 0),  1,       True),
+    ("one column",                 (2, 3, 40, 1),      7, 1,      (3, 0),  1,       False),
+    ("one row",                    (2, 3, 1, 40),      5, 1,      (2, 0),  1,       True),
+    ("odd sizes",                  (3, 7, 33, 29),     5, 1,      (2, 0),  1,       True),
+    ("aligned rows",               (2, 4, 64, 64),     7, 1,      (3, 0),  1,       False),
+    ("wide",                       (1, 2, 5, 1031),    3, 1,      1,       1,       True),
+    ("tall",                       (1, 2, 1031, 5),    3, 1,      1,       1,       True),
+    ("2048 channels",              (1, 2048, 7, 7),    7, 1,      (3, 0),  1,       True),
+    ("1001 channels",              (1, 1001, 3, 3),    3, 1,      (1, 0),  1,       True),
+    ("70,000 planes",              (700, 100, 3, 2),   3, 1,      (1, 0),  1,       True),
+    ("stride 2",                   (2, 6, 30, 31),     3, 2,      1,       1,       True),
+    ("stride 4, rows left over",   (2, 3, 34, 8),      3, 4,      0,       1,       False),
+    ("stride 5 past the kernel",   (2, 3, 33, 9),      2, 5,      (1, 0),  1,       True),
+    ("stride along H",             (2, 8, 31, 16),     4, (2, 1), (1, 0),  1,       True),
+    ("stride along W",             (2, 8, 31, 16),     4, (1, 2), (1, 0),  1,       True),
+    ("stride 3 and 2",             (2, 5, 31, 17),     4, (3, 2), (2, 3),  1,       True),
+    ("dilation 2",                 (2, 8, 32, 16),     3, 1,      (2, 0),  2,       True),
+    ("dilation 3",                 (2, 4, 40, 16),     7, 1,      (9, 0),  3,       False),
+    ("dilation a pair",            (2, 4, 40, 16),     3, 1,      (4, 0),  (4, 7),  True),
+    ("dilation past the plane",    (1, 4, 6, 8),       3, 1,      (9, 0),  9,       True),
+    ("dilated K=35",               (1, 2, 70, 16),     35, 1,     (51, 0), 3,       False),
+    ("stride 2, dilation 2",       (2, 4, 31, 16),     3, 2,      (2, 0),  2,       True),
+    ("stride 4, dilation 6",       (2, 4, 50, 16),     5, 4,      (7, 0),  6,       True),
+    ("stride 2, dilation 3",       (2, 4, 31, 16),     5, 2,      (6, 0),  3,       True),
+    ("stride 3, dilation 2",       (2, 4, 31, 15),     4, 3,      (3, 1),  2,       True),
+    ("same, odd K",                (2, 4, 20, 12),     5, 1,      "same",  1,       True),
+    ("same, even K",               (2, 4, 20, 12),     4, 1,      "same",  1,       True),
+    ("same, even K, dilation 3",   (2, 4, 20, 12),     4, 1,      "same",  3,       False),
+    ("same, K=16",                 (2, 4, 40, 16),     16, 1,     "same",  1,       True),
+    ("valid",                      (2, 4, 20, 12),     4, 2,      "valid", 1,       True),
+    ("padding past the kernel",    (2, 4, 9, 8),       3, 1,      (7, 0),  1,       True),
+    ("padding in W",               (2, 4, 12, 16),     3, 1,      (0, 2),  1,       True),
+    ("padding in W, no bias",      (2, 4, 12, 16),     3, 1,      (1, 5),  1,       False),
+    ("padding past strides",       (2, 4, 12, 16),     3, (4, 3), (6, 5),  1,       True),
+    ("planes lower than K",        (2, 4, 5, 6),       11, 1,     (5, 0),  1,       True),
+    ("6 channels",                 (2, 6, 20, 10),     7, 1,      (3, 0),  1,       True),
+    ("64 channels",                (2, 64, 20, 9),     7, 1,      (3, 0),  1,       True),
+    ("unbatched",                  (8, 20, 11),        3, 1,      1,       1,       True),
+    ("unbatched, strided",         (3, 21, 12),        5, 2,      (2, 0),  1,       False),
+    ("N = 0",                      (0, 4, 12, 8),      3, 1,      1,       1,       True),
+]] + [Case(f"K={K}", (2, 3, 40, 9), K, 1, (K // 2, 0), 1, K % 2 == 0) for K in [*range(1, 36), 47, 48, 49, 50]] \
+   + [Case(f"K={K}, aligned", (1, 2, 72, 64), K, 1, (K // 2, 0), 1, False) for K in (16, 17, 18, 31, 33, 63, 64, 65, 128)] \
+   + [Case(f"W={W}", (2, 4, 19, W), 5, 1, (2, 0), 1, True) for W in (2, 3, 4, 7, 8, 15, 31, 33, 65, 129, 257)]
+
+VIEWS = {  # a random tensor of the shape and dtype, stored in unusual ways
+    "misaligned": lambda shape, **to: torch.randn(math.prod(shape) + 1, **to)[1:].view(shape),
+    "rows of a larger one": lambda shape, **to: torch.randn(*shape[:2], shape[2] + 3, shape[3], **to)[:, :, 2:-1],
+    "columns of a larger one": lambda shape, **to: torch.randn(*shape[:3], shape[3] + 2, **to)[..., 1:-1],
+    "every second column": lambda shape, **to: torch.randn(*shape[:3], shape[3] * 2, **to)[..., ::2],
+    "transposed": lambda shape, **to: torch.randn(*shape[:2], shape[3], shape[2], **to).transpose(2, 3),
+    "expanded batch": lambda shape, **to: torch.randn(1, *shape[1:], **to).expand(shape),
+    "expanded channels": lambda shape, **to: torch.randn(shape[0], 1, *shape[2:], **to).expand(shape),
+    "channels of a channels_last one": lambda shape, **to: torch.randn(
+        shape[0], shape[1] + 1, *shape[2:], **to).to(memory_format=torch.channels_last)[:, 1:],
+    "misaligned channels_last": lambda shape, **to: torch.randn(math.prod(shape) + 1, **to)[1:].view(
+        shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2),
+}
+
+
+def dense(layout):
+    def make(shape, **to):
+        x = torch.randn(shape, **to)
+        return x.contiguous(memory_format=LAYOUTS[layout]) if len(shape) == 4 else x
+    return make
+
+
+def channels(case):
+    return case.shape[-3]
+
+
+def modules(case, dtype=torch.float32, device="cpu"):
+    """ModelNew, its Model, and that in float64: the same parameters in all three."""
+    arguments = channels(case), case.K, case.stride, case.padding, case.dilation, case.bias
+    ours = ModelNew(*arguments).to(device, dtype)
+    theirs, exact = Model(*arguments).to(device, dtype), Model(*arguments).to(device, torch.float64)
+    for other in theirs, exact:
+        other.load_state_dict(ours.state_dict())
+    return ours, theirs, exact
+
+
+def error(result, exact, least=0.0):
+    """Relative to the norm of exact, or to least if that is larger: where a sum cancels, any rounding is large beside it."""
+    difference, norm = (result.double() - exact).norm().item(), max(exact.norm().item(), least)
+    return difference if difference == 0 else difference / norm if norm > 0 else math.inf
+
+
+def used_strides(tensor):
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape) if size > 1]  # the others mean nothing
+
+
+def run(module, x, gradients, grad_output=None):
+    """[output, gradients of x, weight and bias as asked for]."""
+    x = x.detach().requires_grad_("x" in gradients)
+    for name, parameter in module.conv2d.named_parameters():
+        parameter.requires_grad_(name in gradients)
+    y = module(x)
+    inputs = [t for t in (x, *module.parameters()) if t.requires_grad]
+    return [y] if grad_output is None else [y, *grad(y, inputs, grad_output.to(y.dtype))]
+
+
+def compare(case, dtype, device, make, gradients=("x", "weight", "bias"), prepare=lambda module: module):
+    """Forward and backward of ModelNew against nn.Conv2d in float64; returns what is wrong."""
+    ours, theirs, exact = (prepare(module) for module in modules(case, dtype, device))
+    x = make(case.shape, dtype=dtype, device=device)
+    y = run(theirs, x, gradients)[0]
+    grad_output, wrong = make(y.shape, dtype=dtype, device=device), []
+    least = 0.3 * grad_output.double().norm().item()  # outputs and all gradients are commonly larger
+    mine, reference, rival = run(ours, x, gradients, grad_output), run(exact, x.double(), gradients, grad_output), None
+    asked = [name for name in ("x", "weight", "bias") if name in gradients and (name != "bias" or case.bias)]
+    for i, name in enumerate(["output", *asked]):
+        found = error(mine[i], reference[i], least) if mine[i].shape == reference[i].shape else math.inf
+        if not found <= DTYPES[dtype]:
+            rival = rival or run(theirs, x, gradients, grad_output)
+        if mine[i].dtype != dtype or rival and not found <= max(DTYPES[dtype], error(rival[i], reference[i], least)):
+            wrong.append(f"{case}, {dtype}, {name}: error {found:.1e}, shape {tuple(mine[i].shape)}, {mine[i].dtype}")
+    if used_strides(mine[0]) != used_strides(y):
+        wrong.append(f"{case}, {dtype}: output strides {mine[0].stride()}, nn.Conv2d's {y.stride()}")
+    return wrong
+
+
+def formula(x, weight, bias, stride, padding, dilation):
+    """The definition in float64: each tap adds x where it is inside the plane, and nothing where it is not."""
+    (N, C, H, W), K = x.shape, weight.shape[2]
+    H_out, W_out = (H + 2 * padding[0] - dilation * (K - 1) - 1) // stride[0] + 1, (W + 2 * padding[1] - 1) // stride[1] + 1
+    x, y = x.double(), torch.zeros(N, C, H_out, W_out, dtype=torch.float64, device=x.device)
+
+    def inside(size, size_out, stride, offset):  # outputs from...to read inputs from, from + stride, ...
+        start, stop = max(0, -(offset // stride)), min(size_out, (size - 1 - offset) // stride + 1)
+        return slice(start, max(start, stop)), slice(start * stride + offset, max(stop, start) * stride + offset, stride)
+
+    columns_out, columns_in = inside(W, W_out, stride[1], -padding[1])
+    for k in range(K):
+        rows_out, rows_in = inside(H, H_out, stride[0], k * dilation - padding[0])
+        if rows_out.start < rows_out.stop:
+            y[:, :, rows_out, columns_out] += weight[:, 0, k].double().view(C, 1, 1) * x[:, :, rows_in, columns_in]
+    return y if bias is None else y + bias.double().view(C, 1, 1)
+
+
+# ---- running the tests ----------------------------------------------------------------------------------------------
+
+def skip(why):
+    raise unittest.SkipTest(why)  # pytest knows it too
+
+
+def need_cuda(gpus=1):
+    if torch.cuda.device_count() < gpus:
+        skip(f"needs {gpus} GPU{'s' * (gpus > 1)}, found {torch.cuda.device_count()}")
+    if not model_new._has_cuda:
+        skip("a GPU is here, but this build has no CUDA kernels")
+
+
+def on(*devices):
+    """Makes of check(device) or check(device, dtype) a test for each device (and each dtype)."""
+    def register(check):
+        for device in devices:
+            for dtype in DTYPES if "dtype" in inspect.signature(check).parameters else [None]:
+                def test(arguments=(device, dtype) if dtype else (device,)):
+                    if arguments[0] == "cuda":
+                        need_cuda()
+                    seed_all()
+                    check(*arguments)
+                test.__name__ = "_".join(["test", check.__name__, str(dtype)[6:], device]).replace("__", "_")
+                globals()[test.__name__] = test
+        return check
+    return register
+
+
+def seed_all():
+    print("seed", SEED)
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+def no_failures(wrong):
+    assert not wrong, "\n".join([f"{len(wrong)} wrong:", *wrong[:12]])
+
+
+@contextlib.contextmanager
+def temporary_folder():
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def environment(**variables):
+    before = dict(os.environ)
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def python(code, folder=HERE, check=True, **variables):
+    """What code prints in a fresh interpreter started in folder."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **variables})
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def net(module, C=4, bias=True):
+    """A small network of the layer; one seed gives every module the same parameters."""
+    torch.manual_seed(7)
+    return nn.Sequential(module(C, 3, padding=1, bias=bias), nn.ReLU(), module(C, 4, 2, (2, 0), bias=bias))
+
+
+def same(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---- what it replaces -----------------------------------------------------------------------------------------------
+
+@on("cpu", "cuda")
+def table(device, dtype):
+    no_failures([w for case in CASES for layout in LAYOUTS for w in compare(case, dtype, device, dense(layout))])
+
+
+@on("cpu", "cuda")
+def views(device):
+    cases = [Case("view", (3, 8, 20, 16), 5, 1, (2, 0), 1, True), Case("view", (2, 7, 19, 33), 3, 2, 1, 1, True)]
+    no_failures([f"{name}: {w}" for case in cases for name, make in VIEWS.items() for dtype in DTYPES
+                 for w in compare(case, dtype, device, make)])
+
+
+@on("cpu", "cuda")
+def channels_last_weight(device):
+    case = Case("channels_last weight", (2, 8, 20, 16), 5, 1, (2, 0), 1, True)
+    no_failures([w for dtype in DTYPES for layout in LAYOUTS for w in compare(
+        case, dtype, device, dense(layout), prepare=lambda module: module.to(memory_format=torch.channels_last))])
+
+
+@on("cpu", "cuda")
+def only_the_gradients_asked_for(device):
+    case = Case("some gradients", (2, 8, 33, 18), 5, 1, (2, 1), 1, True)
+    subsets = [["x"], ["weight"], ["bias"], ["x", "weight"], ["x", "bias"], ["weight", "bias"]]
+    no_failures([f"{subset}: {w}" for subset in subsets for dtype in DTYPES for layout in LAYOUTS
+                 for w in compare(case, dtype, device, dense(layout), subset)])
+
+
+@on("cpu", "cuda")
+def gradient_of_a_sum(device):
+    """y.sum().backward() hands over a grad_output whose strides are all zero."""
+    for case in CASES[:8]:
+        ours, _, exact = modules(case, device=device)
+        x = torch.randn(case.shape, device=device)
+        for module, input in (ours, x), (exact, x.double()):
+            module(input.requires_grad_()).sum().backward()
+        for mine, reference in zip(ours.parameters(), exact.parameters()):
+            assert error(mine.grad, reference.grad) < 1e-5, case
+
+
+@on("cpu", "cuda")
+def long_weight_gradient(device):
+    """Sums over 64 x 512 x 512 terms lose nothing."""
+    case = Case("64 x 512 x 512 terms", (64, 1, 512, 512), 3, 1, (1, 0), 1, True)
+    no_failures([w for dtype in (torch.float32, torch.bfloat16)
+                 for w in compare(case, dtype, device, dense("contiguous"), ["weight", "bias"])])
+
+
+@on("cpu", "cuda")
+def bitwise_reproducible(device):
+    for case, dtype, layout in itertools.product(CASES[::3], DTYPES, LAYOUTS):
+        ours, x = modules(case, dtype, device)[0], dense(layout)(case.shape, dtype=dtype, device=device)
+        grad_output = torch.randn_like(ours(x))
+        first, second = (run(ours, x, ("x", "weight", "bias"), grad_output) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second)), (case, dtype, layout)
+
+
+@on("cpu", "cuda")
+def inf_and_nan(device, dtype):
+    """They reach just the outputs and gradients whose taps touch them; padding adds nothing, whatever the weight."""
+    wrong = []
+    for K, stride, padding, dilation in ((3, (1, 1), (1, 1), 1), (4, (3, 2), (2, 3), 2), (21, (1, 1), (10, 0), 1),
+                                         (33, (1, 1), (16, 0), 1)):
+        for value, where, layout in itertools.product((math.inf, -math.inf, math.nan), ("x", "weight"), LAYOUTS):
+            ours = modules(Case(f"{value} in {where}", (2, 8, 40, 16), K, stride, padding, dilation, True), dtype, device)[0]
+            x = dense(layout)((2, 8, 40, 16), dtype=dtype, device=device)
+            leaves = x, *(p.detach() for p in ours.parameters())
+            leaves[where == "weight"][1, :, random.randrange(K)] = value  # a row of x, a tap of weight
+            leaves = [t.double().requires_grad_() for t in leaves]
+            exact, mine = formula(*leaves, stride, padding, dilation), ours(x.requires_grad_())
+            grad_output = torch.randn_like(mine)
+            mine = mine, *grad(mine, [x, *ours.parameters()], grad_output)
+            for name, a, b in zip(("output", "x", "weight", "bias"), mine, (exact, *grad(exact, leaves, grad_output.double()))):
+                if not torch.allclose(a.double(), b, rtol=5e-2, atol=5e-2, equal_nan=True):
+                    wrong.append(f"{value} in {where}, K={K}, {layout}: {name}")
+    no_failures(wrong)
+
+
+def test_parameters_and_generator():
+    """One seed draws the same parameters as Model, and leaves the generator the same."""
+    for arguments in (8, 3), (8, 3, 1, 0, 1, True), (5, 7, 2, (3, 1), 2, False), (64, 31, 1, "same", 1, True):
+        drawn = []
+        for module in Model, ModelNew:
+            torch.manual_seed(SEED)
+            drawn.append((module(*arguments).state_dict(), torch.get_rng_state()))
+        (theirs, state), (ours, our_state) = drawn
+        assert list(theirs) == list(ours) and torch.equal(state, our_state)
+        assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+def test_state_dict():
+    theirs, ours = Model(6, 5, bias=True), ModelNew(6, 5, bias=True)
+    assert {k: tuple(v.shape) for k, v in ours.state_dict().items()} == {"conv2d.weight": (6, 1, 5, 1), "conv2d.bias": (6,)}
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+    nn.init.uniform_(ours.conv2d.weight)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert torch.equal(ours.conv2d.weight, theirs.conv2d.weight)
+
+
+@on("cpu", "cuda")
+def conversions(device):
+    x = torch.randn(2, 4, 9, 6, device=device)
+    ours = ModelNew(4, 3, 2, 1, bias=True).to(device)
+    y = ours(x)
+    saved = io.BytesIO()
+    torch.save(ours, saved)
+    saved.seek(0)
+    for other in copy.deepcopy(ours), torch.load(saved, weights_only=False):
+        assert torch.equal(other(x), y)
+    for name, dtype in ("half", torch.float16), ("bfloat16", torch.bfloat16), ("double", torch.float64):
+        module = getattr(copy.deepcopy(ours), name)()
+        assert module(x.to(dtype)).dtype == dtype and module.conv2d.weight.dtype == dtype
+    assert torch.equal(ours.to("cpu").to(device)(x), y)
+
+
+def test_repr():
+    for arguments in (8, 3), (8, 3, 2, 1, 2, True), (8, 4, 1, "same"):
+        assert Model(*arguments).conv2d.extra_repr() in repr(ModelNew(*arguments))
+
+
+@on("cpu", "cuda")
+def no_builtin_convolution(device):
+    from torch.utils._python_dispatch import TorchDispatchMode
+    called = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    for case in CASES:
+        for layout in LAYOUTS:
+            ours = modules(case, device=device)[0]
+            x = dense(layout)(case.shape, device=device).requires_grad_()
+            with Record():
+                ours(x).sum().backward()
+    forbidden = [name for name in called if re.search(r"aten.*(conv|mm|matmul|unfold|im2col|einsum|fft|linear)", name)]
+    assert called and not forbidden, forbidden
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+BAD_INPUT = [  # what is wrong, the constructor's arguments, the input, what the message must name
+    ("2 dimensions",        {}, lambda x: x[0, 0],                        ["3D", "4D", r"\[8, 8\]"]),
+    ("5 dimensions",        {}, lambda x: x[None],                        ["3D", "4D", r"\[1, 2, 4, 8, 8\]"]),
+    ("channels",            {}, lambda x: x[:, :3],                       ["3 channels", "4 channels"]),
+    ("channels, unbatched", {}, lambda x: x[0, :3],                       ["3 channels", "4 channels"]),
+    ("float16",             {}, lambda x: x.to(torch.float16),            ["weight", "Half|float16", "Float|float32"]),
+    ("float64",             {}, lambda x: x.double(),                     ["weight", "Double|float64", "Float|float32"]),
+    ("integer",             {}, lambda x: x.int(),                        ["Int|int32"]),
+    ("complex",             {}, lambda x: x + 1j,                         ["ComplexFloat|complex64"]),
+    ("low plane",           {}, lambda x: x[:, :, :2],                    ["[Kk]ernel", "2", "3"]),
+    ("low padded plane",    {"dilation": 5, "padding": 1}, lambda x: x,   ["[Kk]ernel", "10", "11"]),
+    ("empty H",             {"padding": 3}, lambda x: x[:, :, :0],        [r"\[2, 4, 0, 8\]"]),
+    ("empty W",             {"padding": 3}, lambda x: x[:, :, :, :0],     [r"\[2, 4, 8, 0\]"]),
+    ("empty W, no padding", {}, lambda x: x[:, :, :, :0],                 ["0"]),
+]
+BAD_ARGUMENTS = [  # the constructor's arguments, what the message must name
+    ({"kernel_size": 0}, ["kernel_size", "0"]),
+    ({"kernel_size": -1}, ["kernel_size", "-1"]),
+    ({"in_channels": 0}, ["in_channels", "0"]),
+    ({"in_channels": -2}, ["in_channels", "-2"]),
+    ({"stride": 0}, ["stride", "0"]),
+    ({"stride": (1, -1)}, ["stride", "-1"]),
+    ({"stride": (1, 1, 1)}, ["stride", "1, 1, 1"]),
+    ({"dilation": 0}, ["dilation", "0"]),
+    ({"dilation": (-2, 1)}, ["dilation", "-2"]),
+    ({"dilation": (1, 1, 1)}, ["dilation", "1, 1, 1"]),
+    ({"padding": -1}, ["padding", "-1"]),
+    ({"padding": (0, -3)}, ["padding", "-3"]),
+    ({"padding": (1, 1, 1)}, ["padding", "1, 1, 1"]),
+    ({"padding": "full"}, ["padding", "full", "same", "valid"]),
+    ({"padding": "same", "stride": 2}, ["padding", "same", "stride"]),
+]
+
+
+def raised(call):
+    try:
+        call()
+    except Exception as e:
+        return e
+
+
+def badly_raised(name, theirs, ours, words):
+    """What is wrong with the exception of ours where nn.Conv2d raises theirs."""
+    if type(ours) is not type(theirs):
+        return [f"{name}: {type(ours).__name__} ({ours}), nn.Conv2d's is {type(theirs).__name__} ({theirs})"]
+    return [f"{name}: no {word!r} in: {ours}" for word in words if not re.search(word, str(ours))]
+
+
+@on("cpu", "cuda")
+def bad_input(device):
+    good, wrong = torch.randn(2, 4, 8, 8, device=device), []
+    for name, arguments, spoil, words in BAD_INPUT:
+        theirs, ours = (module(4, 3, **arguments).to(device) for module in (Model, ModelNew))
+        bad = spoil(good)
+        wrong += badly_raised(name, raised(lambda: theirs(bad)), raised(lambda: ours(bad)), words)
+    if device == "cuda":
+        for where, other in ("input", good.cpu()), ("weight", good):
+            theirs, ours = (module(4, 3).to(device if where == "input" else "cpu") for module in (Model, ModelNew))
+            wrong += badly_raised(where, raised(lambda: theirs(other)), raised(lambda: ours(other)), ["cpu", "cuda"])
+    theirs, ours = Model(4, 3).to(device), ModelNew(4, 3).to(device)
+    ours.load_state_dict(theirs.state_dict())
+    same(ours(good), theirs(good))  # the next good call works
+    no_failures(wrong)
+
+
+def test_bad_arguments():
+    wrong = []
+    for bad, words in BAD_ARGUMENTS:
+        arguments = {"in_channels": 4, "kernel_size": 3, **bad}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an empty kernel
+            theirs = raised(lambda: Model(**arguments)(torch.randn(2, 4, 8, 8)))  # nn.Conv2d leaves some to the call
+        wrong += badly_raised(bad, theirs, raised(lambda: ModelNew(**arguments)), words)
+    no_failures(wrong)
+
+
+# ---- builds, copies and pasting -------------------------------------------------------------------------------------
+
+def load_copy(path, name):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_second_copy_in_one_process():
+    other = load_copy(HERE / "model_new.py", "second_copy")
+    ours, theirs = ModelNew(4, 3), other.ModelNew(4, 3)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 4, 9, 6)
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_edited_copy_runs_its_own_code():
+    """A copy whose kernel was edited, built in an extensions folder of its own, beside ours in one process."""
+    with temporary_folder() as folder, environment(TORCH_EXTENSIONS_DIR=folder / "built"):
+        shutil.copy(HERE / "model_new.py", folder)
+        shutil.copytree(HERE / "kernels", folder / "kernels")
+        source = folder / "kernels" / "depthwise_kx1.cpp"
+        text, edits = re.subn(r"(\nvoid cpu_forward\([^;{]*\{)", r'\1 if (p.N) throw std::runtime_error("edited");',
+                              source.read_text())
+        assert edits == 1
+        source.write_text(text)
+        other = load_copy(folder / "model_new.py", "edited_copy").ModelNew(4, 3)
+        ours, x = ModelNew(4, 3), torch.randn(2, 4, 9, 6)
+        y = ours(x)
+        assert "edited" in str(raised(lambda: other(x)))
+        assert torch.equal(ours(x), y)
+
+
+def test_warm_import():
+    """At most 100 ms above import torch, and prints nothing."""
+    code = ("import sys, time, torch; print('torch', flush=True); start = time.perf_counter(); import model_new; "
+            "print(time.perf_counter() - start)")
+    runs = [python(code) for _ in range(5)]
+    for run in runs:
+        assert re.fullmatch(r"torch\n[\d.e-]+\n", run.stdout) and "model_new" not in run.stderr, run.stdout + run.stderr
+    fastest = min(float(run.stdout.split()[1]) for run in runs)
+    print(f"warm import: {1000 * fastest:.0f} ms")
+    assert fastest <= 0.1, f"{1000 * fastest:.0f} ms"
+
+
+def test_missing_compiler_or_ninja():
+    """The import says which of the two is not on the PATH."""
+    with temporary_folder() as folder:
+        for missing in "ninja", "c++":
+            done = python("import sys; sys.executable = ''; import model_new", check=False, PATH=str(folder),
+                          TORCH_EXTENSIONS_DIR=str(folder / "built"))
+            assert done.returncode and missing in done.stderr.splitlines()[-1], done.stderr
+            (folder / missing).symlink_to(shutil.which(missing))  # the next finds this one
+
+
+def test_cuda_tensor_without_cuda_kernels():
+    """With a toolkit of another CUDA version, the import works and a CUDA tensor is told what is wrong."""
+    need_cuda()
+    with temporary_folder() as folder:
+        for file, text in ("bin/nvcc", "#!/bin/sh"), ("include/cuda.h", "#define CUDA_VERSION 9000"):
+            (folder / file).parent.mkdir()
+            (folder / file).write_text(text)
+            (folder / file).chmod(0o755)
+        done = python("import torch, model_new; x, ours = torch.randn(2, 4, 9, 6), model_new.ModelNew(4, 3); ours(x); print('works');"
+                      "ours.cuda()(x.cuda())", check=False, TORCH_EXTENSIONS_DIR=str(folder), CUDA_HOME=str(folder))
+        assert "works" in done.stdout and re.match("RuntimeError.*9.0", done.stderr.splitlines()[-1]), done.stdout + done.stderr
+
+
+def test_pasted_without_kernels():
+    """model_new.py executed as text looks for kernels/ in the working directory and says so if there is none."""
+    text = "text = open({!r}).read(); exec(compile(text, '<string>', 'exec'), {{}})".format(str(HERE / "model_new.py"))
+    python(text)
+    with temporary_folder() as folder:
+        done = python(text, folder, check=False)
+        assert "FileNotFoundError" in done.stderr and "--bundle" in done.stderr and str(folder) in done.stderr, done.stderr
+
+
+# What such harnesses reject anywhere in the text, Python comments stripped.
+REJECTED = [r"\btry\s*:", r"\bexcept\b", r"\bpass\b", r"\bnn\.functional\b", r"\bF\.\w+\(", r"\btorch\.conv\w*",
+            r"\baten\W+conv", r"\btorch\.(matmul|mm|bmm|einsum|clamp|relu)\b", r"\bthreading\b", r"\bmultiprocessing\b",
+            r"\bconcurrent\b",
+            r"PoolExecutor", r"\bcuda\.[Ss]tream\b", r"\bwait_stream\b", r"\brecord_stream\b", r"_make_subclass",
+            r"class\s+\w+.*\((torch\.)?Tensor\)", r"Tensor\.__new__", r"__float2half\w*\s*\(", r"\(\s*__half\s*\)\s*\w",
+            r"static_cast\s*<\s*(__half|half)\s*>", r"\.half\s*\(", r"\.to\s*\(\s*(dtype\s*=\s*)?torch\.(float16|half)\b"]
+
+
+def harness(text, extensions, dtype, device):
+    """Executes text as such a harness would, checks it over five random trials, returns its namespace."""
+    stripped = "\n".join(line.split("#")[0] for line in text.splitlines())
+    found = [match.group() for pattern in REJECTED for match in re.finditer(pattern, stripped)]
+    assert not found, f"rejected: {found}"
+    assert "__global__" in stripped and "load_inline" in stripped
+    namespace = {}
+    exec(compile(PROBLEM, "<string>", "exec"), namespace)
+    before = dict(namespace)
+    text = f"import os\nos.environ['TORCH_EXTENSIONS_DIR'] = {str(extensions)!r}\n" + text
+    exec(compile(text, "<string>", "exec"), namespace)
+    assert all(namespace[name] is value for name, value in before.items()), "changes the problem's globals"
+    strangers = [name for name, value in namespace.items() if not (
+        name in before or name == "ModelNew" or name.startswith("_") or isinstance(value, type(sys)))]
+    assert not strangers, f"leaves {strangers} in the namespace"
+    for _ in range(5):
+        seed = random.randrange(2**31)
+        torch.manual_seed(seed)
+        inputs = [t.to(device, dtype) for t in namespace["get_inputs"]()]
+        results = []
+        for name in "Model", "ModelNew":
+            torch.manual_seed(seed)
+            results.append(namespace[name](*namespace["get_init_inputs"]()).to(device, dtype)(*inputs))
+        same(*results, tolerance=1e-4 if dtype == torch.float32 else 1e-2)
+    return namespace
+
+
+@on("cpu", "cuda")
+def pasted_into_a_harness(device):
+    """Thrice in one process, the extensions folder changed each time; the second paste has kernels of its own to build."""
+    text, x = model_new._bundle(), torch.randn(4, 8, 64, 48, device=device)
+    other = text.replace("struct Problem {", "struct Problem {  // pasted", 1)
+    with temporary_folder() as one, temporary_folder() as two, temporary_folder() as three, environment():
+        for text, folder, dtype in (text, one, torch.float32), (other, two, torch.float16), (text, three, torch.bfloat16):
+            namespace = harness(text, folder, dtype, device)
+            pasted, ours = namespace["ModelNew"](8, 3).to(device, dtype), ModelNew(8, 3).to(device, dtype)
+            pasted.load_state_dict(ours.state_dict())
+            assert torch.equal(pasted(x.to(dtype)), ours(x.to(dtype)))
+
+
+def test_bundle_command():
+    with temporary_folder() as folder:
+        for target in "-", folder / "bundle.py":
+            done = subprocess.run([sys.executable, HERE / "model_new.py", "--bundle", target], capture_output=True, text=True)
+            assert (done.stdout if target == "-" else target.read_text()) == model_new._bundle()
+
+
+# ---- a first-class operator -----------------------------------------------------------------------------------------
+
+def pure(module):
+    """The module as a function of input and parameters."""
+    names = [name for name, _ in module.named_parameters()]
+    return lambda x, *values: torch.func.functional_call(module, dict(zip(names, values)), (x,))
+
+
+@on("cpu", "cuda")
+def gradcheck(device):
+    """First and second derivatives over the table's small cases, the smallest of them in every direction."""
+    for case in CASES:
+        ours = modules(case, torch.float64, device)[0]
+        inputs = torch.randn(case.shape, dtype=torch.float64, device=device, requires_grad=True), *ours.parameters()
+        if 0 < inputs[0].numel() <= 2048 and case.K <= 20:
+            torch.autograd.gradcheck(pure(ours), inputs, fast_mode=inputs[0].numel() > 60)
+            torch.autograd.gradgradcheck(pure(ours), inputs, fast_mode=inputs[0].numel() > 20)
+
+
+@on("cpu", "cuda")
+def opcheck(device):
+    for layout in LAYOUTS:
+        for bias in torch.randn(4, device=device, requires_grad=True), None:
+            for stride, padding, dilation in ([1, 1], [0, 0, 1, 2], 1), ([2, 3], [1, 1, 2, 2], 2):
+                x = dense(layout)((2, 4, 9, 6), device=device).requires_grad_()
+                weight = torch.randn(4, 1, 3, 1, device=device, requires_grad=True)
+                torch.library.opcheck(model_new._ops.forward.default, (x, weight, bias, stride, padding, dilation))
+                y = model_new._ops.forward(x, weight, bias, stride, padding, dilation)
+                for mask in [True, True, True], [True, False, False], [False, True, False]:
+                    torch.library.opcheck(model_new._ops.backward.default, (
+                        torch.randn_like(y), x.detach(), weight.detach(), stride, padding, dilation, mask))
+
+
+@on("cpu", "cuda")
+def compile_fullgraph(device):
+    """Static and dynamic, forward and backward, no recompilation on a second size; equal to eager."""
+    for dynamic in False, True:
+        torch._dynamo.reset()
+        eager = net(ModelNew).to(device)
+        compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, dynamic=dynamic)
+        for shape in ((2, 4, 16, 12), (3, 4, 21, 10), (5, 4, 33, 7))[:3 if dynamic else 1]:
+            for layout in LAYOUTS if not dynamic else ["contiguous"]:
+                x = dense(layout)(shape, device=device).requires_grad_()
+                stance = "fail_on_recompile" if dynamic and shape != (2, 4, 16, 12) else "default"
+                with torch.compiler.set_stance(stance):
+                    results = [[y := m(x), *grad(y, [x, *m.parameters()], y.detach().cos())] for m in (eager, compiled)]
+                same(*results)
+                assert used_strides(results[0][0]) == used_strides(results[1][0])
+
+
+@on("cpu", "cuda")
+def export_and_reload(device):
+    """A program exported with a dynamic batch and height, run in a fresh process that imports model_new."""
+    with temporary_folder() as folder:
+        module, x = net(ModelNew).to(device), torch.randn(2, 4, 16, 12, device=device)
+        sizes = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}
+        torch.export.save(torch.export.export(module, (x,), dynamic_shapes=(sizes,)), folder / "program.pt2")
+        x = torch.randn(3, 4, 26, 12, device=device)
+        torch.save(x, folder / "x.pt")
+        python("import torch, model_new; torch.save(torch.export.load('program.pt2').module()(torch.load('x.pt')), 'y.pt')",
+               folder, PYTHONPATH=str(HERE))
+        same(torch.load(folder / "y.pt"), module(x))
+
+
+@on("cpu", "cuda")
+def func_transforms(device):
+    """functional_call, grad, jvp, vmap over inputs and parameters, and gradients per sample, are those of nn.Conv2d."""
+    from torch.func import functional_call, jvp, vmap
+    ours, theirs = (net(module).to(device, torch.float64) for module in (ModelNew, Model))
+    x = torch.randn(3, 2, 4, 9, 6, dtype=torch.float64, device=device)
+    many = {k: torch.randn(3, *v.shape, dtype=v.dtype, device=device) for k, v in ours.named_parameters()}
+    one, tangent = ({k: v[i] for k, v in many.items()} for i in range(2))
+    for name, transform in {
+        "functional_call": lambda m: functional_call(m, one, (x[0],)),
+        "grad": lambda m: torch.func.grad(lambda p: functional_call(m, p, (x[0],)).square().sum())(one),
+        "jvp in x": lambda m: jvp(m, (x[0],), (x[1],)),
+        "jvp in all": lambda m: jvp(lambda p, x: functional_call(m, p, (x,)), (one, x[0]), (tangent, x[1])),
+        "vmap": lambda m: vmap(m)(x),
+        "vmap, other dimensions": lambda m: vmap(m, in_dims=1, out_dims=2)(x.transpose(0, 1)),
+        "vmap, unbatched": lambda m: vmap(m)(x[:, 0]),
+        "vmap of vmap": lambda m: vmap(vmap(m))(x),
+        "vmap over parameters": lambda m: vmap(lambda p, x: functional_call(m, p, (x,)), (0, None))(many, x[0]),
+        "vmap over both": lambda m: vmap(lambda p, x: functional_call(m, p, (x,)))(many, x),
+        "gradient a sample": lambda m: vmap(torch.func.grad(
+            lambda p, x: functional_call(m, p, (x,)).square().sum()), (None, 0))(one, x),
+        "gradient a model": lambda m: vmap(torch.func.grad(
+            lambda p, x: functional_call(m, p, (x,)).square().sum()))(many, x),
+    }.items():
+        print(name)
+        same(transform(ours), transform(theirs), tolerance=1e-10)
+
+
+@on("cpu", "cuda")
+def autocast(device):
+    """Casts what nn.Conv2d casts, and raises where it raises."""
+    for to, input, weight in itertools.product((torch.bfloat16, torch.float16), DTYPES, DTYPES):
+        x, results = torch.randn(2, 4, 9, 6).to(device, input).requires_grad_(), []
+        for module in modules(Case("autocast", (2, 4, 9, 6), 3, 1, 0, 1, True), weight, device)[:2]:
+            with torch.autocast(device, dtype=to):
+                error = raised(lambda: results.append([y := module(x), *grad(y.sum(), [x, *module.parameters()])]))
+            results += [type(error)] if error else []
+        ours, theirs = results
+        if isinstance(theirs, type) or isinstance(ours, type):
+            assert ours == theirs, (to, input, weight, ours, theirs)
+        else:
+            assert [t.dtype for t in ours] == [t.dtype for t in theirs], (to, input, weight)
+            same(ours, theirs, tolerance=5e-2)
+
+
+@on("cpu", "cuda")
+def grad_scaler(device):
+    ends = []
+    for module in Model, ModelNew:
+        model = net(module).to(device)
+        optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler(device, init_scale=256.0)
+        torch.manual_seed(SEED)
+        for _ in range(3):
+            with torch.autocast(device, dtype=torch.float16):
+                loss = model(torch.randn(2, 4, 9, 6, device=device)).float().square().mean()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 256.0
+        ends.append(list(model.parameters()))
+    same(*ends, tolerance=1e-2)
+
+
+@on("cpu", "cuda")
+def checkpoint(device):
+    from torch.utils.checkpoint import checkpoint
+    model, x = net(ModelNew).to(device), torch.randn(2, 4, 9, 6, device=device, requires_grad=True)
+    expected = grad(model(x).square().sum(), [x, *model.parameters()])
+    for reentrant in False, True:
+        for t in x, *model.parameters():
+            t.grad = None
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+        same([t.grad for t in (x, *model.parameters())], list(expected))
+
+
+def test_meta():
+    """On the meta device: shapes, strides and dtype, by construction there and by a call."""
+    for case in CASES:
+        for layout in LAYOUTS:
+            with torch.device("meta"):
+                ours = ModelNew(channels(case), case.K, case.stride, case.padding, case.dilation, case.bias)
+            assert ours.conv2d.weight.is_meta
+            x = dense(layout)(case.shape)
+            real, y = modules(case)[0](x), ours(x.to("meta").requires_grad_())
+            assert y.is_meta and (y.shape, y.dtype) == (real.shape, real.dtype), case
+            assert case.shape[0] == 0 or used_strides(y) == used_strides(real), (case, y.stride(), real.stride())
+            y.sum().backward()
+            assert ours.conv2d.weight.grad.shape == ours.conv2d.weight.shape
+
+
+def train(rank, world, folder, kind, device):
+    """One process of a distributed training of three steps; the first writes the parameters."""
+    import torch.distributed as dist
+    torch.set_num_threads(1)
+    backend = "gloo"
+    if device == "cuda":
+        backend = "nccl"
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    model = net(ModelNew).to(device)
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.fsdp import fully_shard
+        mesh = dist.init_device_mesh(device, (world,))
+        for layer in model[0], model[2], model:
+            fully_shard(layer, mesh=mesh)
+    three_steps(model, torch.load(folder / "batches.pt").chunk(world, dim=1)[rank].to(device))
+    ends = [getattr(p, "full_tensor", lambda: p)().detach().cpu() for p in model.parameters()]
+    if rank == 0:
+        torch.save(ends, folder / "ends.pt")
+    dist.destroy_process_group()
+
+
+def three_steps(model, batches):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for batch in batches:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+
+def distributed(kind, device):
+    """Two processes (gloo, or NCCL on two GPUs) end where nn.Conv2d, trained by one, does."""
+    if device == "cuda":
+        need_cuda(gpus=2)
+    if not torch.distributed.is_available():
+        skip("this torch has no torch.distributed")
+    with temporary_folder() as folder:
+        batches = torch.randn(3, 4, 4, 9, 6)
+        torch.save(batches, folder / "batches.pt")
+        torch.multiprocessing.spawn(train, (2, folder, kind, device), nprocs=2)
+        model = net(Model)
+        three_steps(model, batches)
+        same(torch.load(folder / "ends.pt"), [p.detach() for p in model.parameters()])
+
+
+@on("cpu", "cuda")
+def ddp(device):
+    distributed("ddp", device)
+
+
+@on("cpu", "cuda")
+def fsdp(device):
+    distributed("fsdp", device)
+
+
+# ---- CUDA alone -----------------------------------------------------------------------------------------------------
+
+@on("cuda")
+def cuda_graph(device):
+    """A whole training step, captured once and replayed, equals the eager steps."""
+    batches = torch.randn(4, 2, 4, 33, 20, device="cuda")
+    eager = net(ModelNew).cuda()
+    captured = copy.deepcopy(eager)
+    begin = copy.deepcopy(eager.state_dict())
+    optimizer, x = torch.optim.SGD(captured.parameters(), 0.1), batches[0].clone()
+
+    def step():
+        captured(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    captured.load_state_dict(begin)
+    for batch in batches:
+        x.copy_(batch)
+        graph.replay()
+        three_steps(eager, batch[None])
+    same(list(captured.parameters()), list(eager.parameters()))
+
+
+@on("cuda")
+def current_stream(device):
+    """Runs behind what the current stream still has to do, and does not wait for it."""
+    ours, theirs, _ = modules(Case("stream", (8, 8, 256, 256), 5, 1, (2, 0), 1, True), device="cuda")
+    x, late = torch.zeros(8, 8, 256, 256, device="cuda", requires_grad=True), torch.randn(8, 8, 256, 256, device="cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        grad(ours(x), [x, *ours.parameters()], late)  # leaves its memory in the cache
+        stream.synchronize()
+        torch.cuda._sleep(200_000_000)
+        with torch.no_grad():
+            x.copy_(late)
+        y = ours(x)
+        gradients = grad(y, [x, *ours.parameters()], late)
+        assert not stream.query(), "the call waited for the stream"
+    stream.synchronize()
+    expected = theirs(x)
+    same([y, *gradients], [expected, *grad(expected, [x, *theirs.parameters()], late)], tolerance=1e-3)
+
+
+@on("cuda")
+def never_synchronizes(device):
+    for case in CASES:
+        for layout in LAYOUTS:
+            ours = modules(case, device="cuda")[0]
+            x = dense(layout)(case.shape, device="cuda").requires_grad_()
+            torch.cuda.set_sync_debug_mode("error")
+            wrong = raised(lambda: ours(x).sum().backward())
+            torch.cuda.set_sync_debug_mode("default")
+            assert wrong is None, (case, wrong)
+
+
+@on("cuda")
+def allocates_only_its_output(device):
+    for case in CASES:
+        for layout in LAYOUTS:
+            ours, x = modules(case, device="cuda")[0], dense(layout)(case.shape, device="cuda")
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_stats()
+            y = ours(x)
+            after = torch.cuda.memory_stats()
+            assert after["allocation.all.allocated"] - before["allocation.all.allocated"] == (y.numel() > 0), case
+            assert after["requested_bytes.all.peak"] - before["requested_bytes.all.current"] == y.nbytes, case
+
+
+@on("cuda")
+def more_than_2_31_elements(device):
+    """2.2e9 elements: outputs and input gradients at random positions, weight and bias gradients whole."""
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        skip(f"needs 40 GB of free GPU memory, found {torch.cuda.mem_get_info()[0] / 1e9:.0f}")
+    C, H, W, K = 4, 33000, 17001, 5
+    ours = modules(Case("huge", (1, C, H, W), K, 1, (2, 0), 1, True), torch.bfloat16, device)[0]
+    weight, bias = (p.detach().double() for p in ours.parameters())
+    c, h, w = (torch.randint(size, (100_000,), device=device) for size in (C, H, W))
+    c[:9], h[:9], w[:9] = C - 1, H - 1, W - 1
+    for layout in LAYOUTS.values():
+        x = torch.empty(1, C, H, W, dtype=torch.bfloat16, device=device).to(memory_format=layout).normal_()
+        y, grad_x, grad_weight, grad_bias = run(ours, x, ("x", "weight", "bias"), x)  # x is grad_output as well
+        for result, sign, offset in (y, 1, bias[c]), (grad_x, -1, 0):
+            for k in range(K):
+                row = h + sign * (k - 2)
+                taken = torch.where((row >= 0) & (row < H), x[0, c, row.clamp(0, H - 1), w].double(), 0)
+                offset = offset + weight[c, 0, k, 0] * taken
+            assert error(result[0, c, h, w], offset) < DTYPES[torch.bfloat16]
+        for k in range(K):
+            up, down = max(0, 2 - k), max(0, k - 2)
+            exact = torch.stack([(plane[up:H - down].double() * plane[down:H - up]).sum() for plane in x[0]])
+            assert error(grad_weight[:, 0, k, 0], exact) < DTYPES[torch.bfloat16]
+        assert error(grad_bias, torch.stack([plane.double().sum() for plane in x[0]])) < DTYPES[torch.bfloat16]
+        del x, y, grad_x
+
+
+
+# ---- benchmark ------------------------------------------------------------------------------------------------------
+
+WORKLOADS = [Case(*row, bias=False) for row in [
+    # name               (N, C, H, W)         K   stride padding  dilation
+    ("kernelbench",       (64, 8, 512, 512),   3,  1,     0,       1),
+    ("kernelbench-padded", (64, 8, 512, 512),  3,  1,     1,       1),
+    ("kernelbench-small", (10, 3, 256, 256),   3,  1,     0,       1),
+    ("segnext-7",         (16, 64, 128, 128),  7,  1,     (3, 0),  1),
+    ("segnext-11",        (16, 64, 128, 128),  11, 1,     (5, 0),  1),
+    ("segnext-21",        (16, 64, 128, 128),  21, 1,     (10, 0), 1),
+    ("inceptionnext-11",  (128, 12, 56, 56),   11, 1,     (5, 0),  1),
+    ("strided",           (32, 64, 256, 256),  3,  2,     1,       1),
+    ("dilated",           (32, 64, 128, 128),  7,  1,     (9, 0),  3),
+    ("large-31",          (16, 64, 256, 256),  31, 1,     (15, 0), 1),
+    ("odd",               (16, 32, 333, 251),  5,  1,     (2, 0),  1),
+    ("late-7",            (256, 512, 7, 7),    7,  1,     (3, 0),  1),
+]]
+LARGE = [Case(f"k{K}", (16, 64, 256, 256), K, 1, (K // 2, 0), 1, False) for K in (21, 31, 51, 63, 127)] + [
+    Case("k35-dilated3", (16, 64, 256, 256), 35, 1, (51, 0), 3, False),
+    Case("k31-odd", (16, 32, 333, 251), 31, 1, (15, 0), 1, False)]
+
+
+def shift_and_add(x, weight, padding, dilation):
+    """What a user of torch.compile would write for stride 1."""
+    x = nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    height = x.shape[2] - dilation * (weight.shape[2] - 1)
+    return sum(weight[:, :, k] * x[:, :, k * dilation:k * dilation + height] for k in range(weight.shape[2]))
+
+
+def median_ms(call, device, seconds=0.2):
+    """Median time of a call. On a GPU the L2 cache is flushed before each by writing several times its size, behind a pause
+    in which the host runs ahead, so that launch costs are not timed."""
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize() if device == "cuda" else None
+        once = time.perf_counter() - start
+    repeats = min(max(int(seconds / (once + 1e-3)), 5), 60)
+    if device == "cpu":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+    flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        torch.cuda._sleep(1_000_000)
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def job(module, x, half):
+    """(call to be timed, bytes that it must move)"""
+    if half == "forward":
+        with torch.no_grad():
+            y = module(x)
+        return torch.no_grad()(lambda: module(x)), (x.nbytes + y.nbytes)
+    x = x.detach().requires_grad_()
+    y = module(x)
+    grad_output, inputs = torch.randn_like(y), [x, *module.parameters()]
+    return lambda: grad(y, inputs, grad_output, retain_graph=True), 2 * x.nbytes + y.nbytes
+
+
+def bench_rows(case, dtype, half, device):
+    """Rows of the table for one workload and type."""
+    ours, theirs, _ = modules(case, dtype, device)
+    inputs = {layout: dense(layout)(case.shape, dtype=dtype, device=device) for layout in LAYOUTS}
+    conv2d_ms = min(median_ms(job(theirs, x, half)[0], device) for x in inputs.values())
+    for layout, x in inputs.items():
+        call, moved = job(ours, x, half)
+        ms = median_ms(call, device)
+        source = torch.rand(moved // 8, device=device)  # float32: reads half of the bytes, writes half
+        target = torch.empty_like(source)
+        copy_ms, compiled_ms = median_ms(lambda: target.copy_(source), device), None
+        if half == "forward" and case.stride == 1:
+            torch._dynamo.reset()
+            padding = case.padding if isinstance(case.padding, tuple) else (case.padding, case.padding)
+            compiled, weight = torch.compile(shift_and_add, dynamic=False), ours.conv2d.weight.detach()
+            same(compiled(x, weight, padding, case.dilation), call(), 2e-2 if dtype.itemsize == 2 else 1e-4)
+            compiled_ms = median_ms(lambda: compiled(x, weight, padding, case.dilation), device)
+        yield {"half": half, "workload": case.name, "shape": case.shape, "K": case.K, "dtype": str(dtype)[6:], "layout": layout,
+               "ms": ms, "GB/s": moved / ms / 1e6, "copy_ms": copy_ms, "conv2d_ms": conv2d_ms, "compiled_ms": compiled_ms}
+
+
+def print_table(half, rows):
+    print(f"\n{half:18} {'N,C,H,W':>14} {'dtype':8} {'layout':13} {'ms':>8} {'GB/s':>5}  of copy {'':20} x conv2d  x compiled")
+    for r in rows:
+        fraction, conv2d = r["copy_ms"] / r["ms"], r["conv2d_ms"] / r["ms"]
+        bar = ("#" * round(20 * fraction))[:20].ljust(20, ".")
+        compiled = f"{r['compiled_ms'] / r['ms']:.2f}" if r["compiled_ms"] else "-"
+        print(f"{r['workload']:18} {','.join(map(str, r['shape'])):>14} {r['dtype']:8} {r['layout']:13} "
+              f"{r['ms']:8.3f} {r['GB/s']:5.0f}     {fraction:4.2f} {bar} {conv2d:8.2f}  {compiled:>10}")
+
+
+def host_costs(device):
+    """Microseconds of the host for a call on a tiny input: (what, ours, nn.Conv2d's)."""
+    ours, theirs, _ = modules(Case("tiny", (1, 8, 8, 8), 3, 1, 0, 1, False), device=device)
+    x, rows = torch.randn(1, 8, 8, 8, device=device), []
+    leaf, grad_output = x.clone().requires_grad_(), torch.randn(1, 8, 6, 8, device=device)
+    for what, make in {
+        "forward, no_grad": lambda m: torch.no_grad()(lambda: m(x)),
+        "forward, with grad": lambda m: lambda: m(leaf),
+        "forward + backward": lambda m: lambda: grad(m(leaf), [leaf, m.conv2d.weight], grad_output),
+    }.items():
+        calls, times = [make(ours), make(theirs)], ([], [])
+        for _, (call, record) in itertools.product(range(31), list(zip(calls, times))):
+            torch.cuda.synchronize() if device == "cuda" else None
+            start = time.perf_counter()
+            for _ in range(100):
+                call()
+            record.append((time.perf_counter() - start) * 1e4)
+        rows.append({"what": what, "ours_us": statistics.median(times[0]), "conv2d_us": statistics.median(times[1])})
+    return rows
+
+
+def bench(halves, only, file):
+    device = "cuda" if torch.cuda.is_available() and model_new._has_cuda else "cpu"
+    torch.backends.cudnn.benchmark = True
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads, an eighth of the batch"
+    about = f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, seed {SEED}"
+    print(about)
+    torch.manual_seed(SEED)
+    cases = [c for c in WORKLOADS + LARGE if any(fnmatch.fnmatch(c.name, o) for o in only)] if only else WORKLOADS
+    tables = {half: [] for half in halves}
+    for half, case in itertools.product(halves, cases):
+        if device == "cpu":
+            case = case._replace(shape=(max(1, case.shape[0] // 8), *case.shape[1:]))
+        for dtype in DTYPES if case.name == "kernelbench" else (torch.float32, torch.bfloat16):
+            for row in bench_rows(case, dtype, half, device):
+                tables[half].append(row)
+                print(half, *(row[key] for key in ("workload", "dtype", "layout")), f"{row['ms']:.3f} ms", file=sys.stderr)
+    for half, rows in tables.items():
+        print_table(half, rows)
+    print(f"\n{'host, us a call on (1,8,8,8)':30} ours  nn.Conv2d  ratio")
+    hosts = host_costs(device)
+    for r in hosts:
+        print(f"{r['what']:28} {r['ours_us']:6.1f}  {r['conv2d_us']:9.1f}  {r['ours_us'] / r['conv2d_us']:5.2f}")
+    if file:
+        Path(file).write_text(json.dumps({"about": about, "rows": sum(tables.values(), []), "host": hosts}, indent=1))
+
+
+def main():
+    global SEED
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", nargs="?", const="both", choices=["forward", "backward", "both"])
+    parser.add_argument("--json", metavar="FILE", help="write the benchmark's numbers to FILE")
+    parser.add_argument("--only", metavar="NAME,NAME", type=lambda names: names.split(","),
+                        help="only these tests or workloads (* and ? as in a shell); also " + ", ".join(c.name for c in LARGE))
+    parser.add_argument("--seed", type=int, default=SEED, help="repeat a run")
+    options = parser.parse_args()
+    SEED = options.seed
+    if options.bench:
+        return bench(["forward", "backward"] if options.bench == "both" else [options.bench], options.only, options.json)
+    print(f"seed {SEED}, torch {torch.__version__}, devices:", "CPU,", ", ".join(
+        torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "no GPU", flush=True)
+    outcomes = {"passed": 0, "failed": 0, "skipped": 0}
+    for name, test in [(n, t) for n, t in globals().items() if n.startswith("test_")]:
+        if options.only and not any(fnmatch.fnmatch(name, o) for o in options.only):
+            continue
+        start, outcome, why = time.perf_counter(), "passed", ""
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            try:
+                test()
+            except unittest.SkipTest as e:
+                outcome, why = "skipped", f" ({e})"
+            except Exception:
+                outcome, why = "failed", "\n" + printed.getvalue() + traceback.format_exc()
+        outcomes[outcome] += 1
+        print(f"{time.perf_counter() - start:6.1f} s  {outcome:7} {name}{why}", flush=True)
+    print(", ".join(f"{number} {outcome}" for outcome, number in outcomes.items()))
+    return bool(outcomes["failed"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
