@@ -41,45 +41,251 @@ const char* launch_backward(const Problem&, const void* grad_output, const void*
 // ---- CPU kernels ----
 // Both memory orders, all types and strides take one path. A tile (some rows of some columns) is packed into a dense float
 // buffer of rows of slots: slot q * lanes + l is pixel column q of lane l. Lanes are channels: of an NHWC image the
-// neighbours, of NCHW planes wider than a vector one alone, of narrower ones as many as a vector holds (a transposition).
+// neighbours, of wide NCHW planes one alone, of narrow ones as many as a vector holds (a transposition).
 // So packing and unpacking know the layout and the type, and all arithmetic is on whole vectors of rows in cache.
+// Rows that already look like that are used where they lie.
 // Tiles are cut alike whatever the number of threads, and partial sums are added in a fixed order: results are reproducible.
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <numeric>
+#include <memory>
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
 #define INLINE __attribute__((always_inline)) inline
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only to what is inlined
+
 namespace {
 struct Half { uint16_t bits; };
 struct BFloat16 { uint16_t bits; };
-INLINE float as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
-INLINE uint32_t as_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
-INLINE float load(float v) { return v; }
-INLINE double load(double v) { return v; }
-INLINE float load(BFloat16 v) { return as_float(uint32_t(v.bits) << 16); }
-INLINE float load(Half v) {  // subnormal halves become normal floats by a subtraction, which rounds nothing
-  uint32_t m = (v.bits & 0x7fffu) << 13, normal = m + (m >= 0x0f800000u ? 0x70000000u : 0x38000000u);
-  uint32_t subnormal = as_bits(as_float(m + 0x38800000u) - as_float(0x38800000u));
-  return as_float((m < 0x00800000u ? subnormal : normal) | (v.bits & 0x8000u) << 16);
-}
-INLINE void store(float* p, float v) { *p = v; }
-INLINE void store(double* p, double v) { *p = v; }
-INLINE void store(BFloat16* p, float v) {  // to nearest even
-  uint32_t u = as_bits(v), r = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-  p->bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : r);
-}
-INLINE void store(Half* p, float v) {  // to nearest even; adding 0.5 rounds what becomes subnormal
-  uint32_t b = as_bits(v), u = b & 0x7fffffffu, normal = (u - 0x38000000u + 0xfffu + (u >> 13 & 1)) >> 13;
-  uint32_t subnormal = as_bits(as_float(u) + 0.5f) - 0x3f000000u;
-  uint32_t r = u < 0x38800000u ? subnormal : normal;
-  r = u >= 0x47800000u ? 0x7c00u : r;
-  r = u > 0x7f800000u ? 0x7e00u : r;
-  p->bits = uint16_t(r | (b >> 16 & 0x8000u));
-}
+template <class To, class From> INLINE To bit_cast(const From& from) { To to; static_assert(sizeof to == sizeof from); std::memcpy(&to, &from, sizeof to); return to; }
 
-// Runs f(Bytes<vector size>) compiled for the best instruction set that this machine has.
+// 16-bit types from and to float, for numbers (U = uint32_t, F = float) and vectors of them; to nearest even.
+template <class F, class U> INLINE F widen(BFloat16*, const U& h) { return bit_cast<F>(h << 16); }
+template <class F, class U> INLINE F widen(Half*, const U& h) {  // subnormals by a subtraction, which rounds nothing
+  U m = (h & 0x7fffu) << 13, normal = m + (m >= 0x0f800000u ? m - m + 0x70000000u : m - m + 0x38000000u);
+  U subnormal = bit_cast<U>(bit_cast<F>(m + 0x38800000u) - 6.103515625e-5f);
+  return bit_cast<F>((m < 0x00800000u ? subnormal : normal) | (h & 0x8000u) << 16);
+}
+template <class U, class F> INLINE U narrow(BFloat16*, const F& v) {
+  U u = bit_cast<U>(v), r = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  return (u & 0x7fffffffu) > 0x7f800000u ? u - u + 0x7fc0u : r;
+}
+template <class U, class F> INLINE U narrow(Half*, const F& v) {  // adding 0.5 rounds what becomes subnormal
+  U b = bit_cast<U>(v), u = b & 0x7fffffffu, r = (u - 0x38000000u + 0xfffu + (u >> 13 & 1u)) >> 13;
+  r = u < 0x38800000u ? bit_cast<U>(bit_cast<F>(u) + 0.5f) - 0x3f000000u : r;
+  r = u >= 0x47800000u ? u - u + 0x7c00u : r;
+  r = u > 0x7f800000u ? u - u + 0x7e00u : r;
+  return r | (b >> 16 & 0x8000u);
+}
+template <class T> INLINE auto load(T v) {
+  if constexpr (sizeof(T) > 2) return v;
+  else return widen<float>((T*)0, uint32_t(v.bits));
+}
+template <class T, class R> INLINE void store(T* p, R v) {
+  if constexpr (sizeof(T) > 2) *p = v;
+  else p->bits = uint16_t(narrow<uint32_t>((T*)0, v));
+}
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }  // b > 0
+INLINE int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return std::max(lo, std::min(v, hi)); }
+
+// Pixel column q of lane l of row r of an image lies at r * row + (col + q * step) * px + l * lane.
+struct View { int64_t rows, width, col, step, px, row, lane; };
+template <class R> struct Rows { R* data; int64_t stride; };
+// Rows [row, row + rows), pixel columns [q, q + nq), and how many of the lanes exist
+struct Tile {
+  int64_t row, rows, q, nq, lanes, present;
+  bool dense(const View& v) const { return v.step * v.px == lanes && (lanes == 1 || (v.lane == 1 && present == lanes)); }  // a row is contiguous
+};
+
+// One vector of R, and the loops written with it
+template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> struct Vector {
+  typedef R V __attribute__((vector_size(BYTES), aligned(sizeof(R)), may_alias));
+  typedef std::conditional_t<sizeof(R) == 8, int64_t, int32_t> Int;
+  typedef Int I __attribute__((vector_size(BYTES)));
+  typedef Word U __attribute__((vector_size(BYTES)));
+  typedef Short H __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
+  static constexpr int64_t size = BYTES / sizeof(R);
+
+  template <class T> static INLINE V get(const T* p) {
+    if constexpr (sizeof(T) > 2) return *(const V*)p;
+    else return widen<V>((T*)0, __builtin_convertvector(*(const H*)p, U));
+  }
+  template <class T> static INLINE void put(T* p, const V& v) {
+    if constexpr (sizeof(T) > 2) *(V*)p = v;
+    else *(H*)p = __builtin_convertvector(narrow<U>((T*)0, v), H);
+  }
+
+  // a[i][j] <-> a[j][i], by exchanging blocks of half the size, then within the blocks
+  template <int S = size / 2> static INLINE void transpose(V* a) {
+    I low, high;
+#pragma GCC unroll 16
+    for (int e = 0; e < size; e++) low[e] = e & S ? e - S + size : e, high[e] = e & S ? e + size : e + S;
+#pragma GCC unroll 16
+    for (int i = 0; i < size; i++)
+      if (!(i & S)) {
+        V b = a[i], c = a[i + S];
+#ifdef __clang__
+        for (int e = 0; e < size; e++) a[i][e] = e & S ? c[e - S] : b[e], a[i + S][e] = e & S ? c[e] : b[e + S];
+#else
+        a[i] = __builtin_shuffle(b, c, low), a[i + S] = __builtin_shuffle(b, c, high);
+#endif
+      }
+    if constexpr (S > 1) transpose<S / 2>(a);
+  }
+
+  // n contiguous numbers; `over`: reading and writing up to a whole vector does no harm. (The asm keeps the compiler from calling memcpy, which is slow here.)
+  template <class T> static INLINE void get(R* dst, const T* src, int64_t n, bool over, int64_t ahead) {
+    int64_t i = 0;
+    for (; i + (over ? 1 : size) <= n; i += size) {
+      *(V*)(dst + i) = get(src + i);
+      __builtin_prefetch(src + i + ahead);
+      asm volatile("");
+    }
+    for (; i < n; i++) { dst[i] = load(src[i]); asm volatile(""); }
+  }
+  template <class T> static INLINE void put(T* dst, const R* src, int64_t n, bool over) {
+    int64_t i = 0;
+    for (; i + (over ? 1 : size) <= n; i += size) {
+      put(dst + i, *(const V*)(src + i));
+      asm volatile("");
+    }
+    for (; i < n; i++) { store(dst + i, src[i]); asm volatile(""); }
+  }
+
+  // Slots that do not exist are zero, unless `over` says that what lies beyond a row may be read and will not be used.
+  template <class T> static INLINE void pack(const View v, const T* src, const Tile t, const Rows<R> to, bool over) {
+    int64_t px = v.step * v.px, n = t.nq * t.lanes, nq = t.nq, rows = t.rows;
+    R* dst = to.data;
+    src += t.row * v.row + (v.col + t.q * v.step) * v.px;
+    if (n == to.stride && v.row == nq * px && rows) n *= rows, nq *= rows, rows = 1;  // rows that follow one another are one
+    int64_t run = t.dense(v) ? n : v.lane == 1 && t.lanes > 1 && t.present == t.lanes ? t.lanes : 0;  // numbers in a row
+    for (int64_t r = 0; r < rows; r++, src += v.row, dst += to.stride) {
+      const T* from = src;
+      if (run)
+        for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run, over, 2 * v.row);
+      else if (t.lanes == size && px == 1 && nq >= size)
+        for (int64_t q = 0; q < nq; q += size) {
+          if (q > nq - size) q = nq - size;  // the last ones again, rather than fewer
+          V a[size];
+#pragma GCC unroll 16
+          for (int l = 0; l < size; l++) a[l] = l < t.present ? get(src + l * v.lane + q) : V{};
+          transpose(a);
+#pragma GCC unroll 16
+          for (int l = 0; l < size; l++) *(V*)(dst + (q + l) * size) = a[l];
+        }
+      else
+        for (int64_t l = 0; l < t.lanes; l++)
+          for (int64_t q = 0; q < nq; q++) dst[q * t.lanes + l] = l < t.present ? load(src[l * v.lane + q * px]) : R(0);
+      if (!over) for (int64_t i = n; i % size; i++) dst[i] = 0;
+    }
+  }
+
+  // The reverse, which also fills the columns [a, b) that have no slot.
+  template <class T> static INLINE void unpack(const View v, T* dst, const Tile t, const Rows<R> from, int64_t a, int64_t b, const R* fill) {
+    int64_t px = v.step * v.px, n = t.nq * t.lanes, nq = t.nq, rows = t.rows, first = v.col + t.q * v.step, last = first + (nq - 1) * v.step + 1;
+    if (!nq) first = last = b;
+    bool gaps = first > a || last < b || v.step > 1;
+    const R* src = from.data;
+    dst += t.row * v.row;
+    T* end = v.row == nq * px && t.lanes == 1 ? dst + rows * v.row : dst;  // short rows may be written beyond their end if the next ones follow
+    if (n == from.stride && v.row == nq * px && rows && !gaps) n *= rows, nq *= rows, rows = 1;
+    int64_t run = t.dense(v) ? n : v.lane == 1 && t.lanes > 1 && t.present == t.lanes ? t.lanes : 0;
+    for (int64_t r = 0; r < rows; r++, dst += v.row, src += from.stride) {
+      T* d = dst + first * v.px;
+      if (gaps)
+        for (int64_t c = a; c < b; c++) {
+          if (c == first && v.step == 1) c = last;
+          if (c < b) for (int64_t l = 0; l < t.present; l++) store(dst + c * v.px + l * v.lane, fill ? fill[l] : R(0));
+        }
+      if (run) {
+        T* to = d;
+        for (int64_t i = 0; i < n; i += run, to += px) put(to, src + i, run, to + n + size <= end);
+      } else if (t.lanes == size && px == 1 && nq >= size)
+        for (int64_t q = 0; q < nq; q += size) {
+          if (q > nq - size) q = nq - size;
+          V a[size];
+#pragma GCC unroll 16
+          for (int l = 0; l < size; l++) a[l] = *(const V*)(src + (q + l) * size);
+          transpose(a);
+#pragma GCC unroll 16
+          for (int l = 0; l < size; l++) if (l < t.present) put(d + l * v.lane + q, a[l]);
+        }
+      else
+        for (int64_t l = 0; l < t.present; l++)
+          for (int64_t q = 0; q < nq; q++) store(d + l * v.lane + q * px, src[q * t.lanes + l]);
+    }
+  }
+
+  // N rows of out: each is init + the sum over n taps of a row of weights, repeated every `period` slots, times a row of in.
+  template <int N>
+  static INLINE void rows(R* out, int64_t out_step, const R* in, int64_t in_step, int64_t tap_step, int64_t n, const R* w, int64_t w_tap, int64_t period, const R* init, int64_t slots) {
+    for (int64_t i = 0, j = 0; i < slots; i += size, in += size, out += size) {
+      V sum[N] = {};
+      if (init) for (int r = 0; r < N; r++) sum[r] = *(const V*)(init + j);
+      for (int64_t k = 0; k < n; k++) {
+        V wk = *(const V*)(w + k * w_tap + j);
+        for (int r = 0; r < N; r++) sum[r] += wk * *(const V*)(in + k * tap_step + r * in_step);
+      }
+      if (N > 1) for (int r = 0; r < N; r++) __builtin_prefetch(in + (n - 1) * tap_step + (N + r) * in_step);
+      for (int r = 0; r < N; r++) *(V*)(out + r * out_step) = sum[r];
+      if ((j += size) == period) j = 0;
+    }
+  }
+
+  // Row m of out sums the taps k whose row m * step + off + k * dilation is in [0, in_rows).
+  static INLINE void conv(const Rows<R> out, int64_t out_rows, const Rows<const R> in, int64_t in_rows, int64_t step, int64_t off, int64_t dilation, int64_t K, const R* w, int64_t w_tap, int64_t period, const R* init, int64_t slots) {
+    constexpr int N = 8;
+    int64_t k0 = K, k1 = K, n;  // taps [k0, k1) are in range
+    for (int64_t m = 0; m < out_rows; m += n) {
+      int64_t r = m * step + off, last = r + (N - 1) * step;
+      while (k0 > 0 && r + (k0 - 1) * dilation >= 0) k0--;
+      while (k1 > 0 && r + (k1 - 1) * dilation >= in_rows) k1--;
+      bool block = m + N <= out_rows && (k0 == 0 || last + (k0 - 1) * dilation < 0) && (k1 <= k0 || last + (k1 - 1) * dilation < in_rows);
+      const R* i = in.data + (k1 > k0 ? (r + k0 * dilation) * in.stride : 0);
+      R* o = out.data + m * out.stride;
+      n = block ? N : 1;
+      if (block) rows<N>(o, out.stride, i, step * in.stride, dilation * in.stride, k1 - k0, w + k0 * w_tap, w_tap, period, init, slots);
+      else rows<1>(o, out.stride, i, step * in.stride, dilation * in.stride, k1 - k0, w + k0 * w_tap, w_tap, period, init, slots);
+    }
+  }
+
+  // sums of N taps += rows of g times rows of x
+  template <int N>
+  static INLINE void dots(R* sums, int64_t stride, const R* g, int64_t g_step, const R* x, int64_t x_step, int64_t tap_step, int64_t rows, int64_t slots) {
+    for (int64_t i = 0; i < slots; i += size) {
+      V sum[N];
+#pragma GCC unroll 8
+      for (int r = 0; r < N; r++) sum[r] = *(const V*)(sums + r * stride + i);
+      for (int64_t h = 0; h < rows; h++) {
+        V gh = *(const V*)(g + h * g_step + i);
+        for (int r = 0; r < N; r++) sum[r] += gh * *(const V*)(x + h * x_step + r * tap_step + i);
+      }
+      for (int r = 0; r < N; r++) *(V*)(sums + r * stride + i) = sum[r];
+    }
+  }
+
+  // sums of every tap k += rows [g0, g1) of grad_output times those rows [x0, x1) of x that the tap reaches from them
+  static INLINE void correlate(R* sums, int64_t stride, const Rows<const R> g, int64_t g0, int64_t g1, const Rows<const R> x, int64_t x0, int64_t x1, int64_t padding, int64_t step, int64_t dilation, int64_t K, int64_t slots) {
+    auto first = [&](int64_t k, int64_t row) { return clamp(ceil_div(row + padding - k * dilation, step), g0, g1); };
+    auto at = [&](int64_t k, int64_t h) { return x.data + (h * step - padding + k * dilation - x0) * x.stride; };
+    for (int64_t k = 0, n; k < K; k += n) {
+      n = K - k >= 8 ? 8 : K - k >= 3 ? 3 : 1;
+      int64_t h0 = first(k, x0), h1 = std::max(h0, first(k + n - 1, x1));  // rows common to the n taps
+      if (n == 8) dots<8>(sums + k * stride, stride, g.data + (h0 - g0) * g.stride, g.stride, at(k, h0), step * x.stride, dilation * x.stride, h1 - h0, slots);
+      else if (n == 3) dots<3>(sums + k * stride, stride, g.data + (h0 - g0) * g.stride, g.stride, at(k, h0), step * x.stride, dilation * x.stride, h1 - h0, slots);
+      else h1 = h0;
+      for (int64_t r = 2 * k; r < 2 * (k + n); r++) {  // what a tap alone has before and after them
+        int64_t t = r / 2, a = first(t, x0), b = first(t, x1), cut = clamp(h0, a, b);
+        if (r % 2) a = clamp(h1, cut, b); else b = cut;
+        if (a < b) dots<1>(sums + t * stride, stride, g.data + (a - g0) * g.stride, g.stride, at(t, a), step * x.stride, 0, b - a, slots);
+      }
+    }
+  }
+};
+
+// The same source compiled for each instruction set, chosen when run
 template <int N> using Bytes = std::integral_constant<int, N>;
 #if defined(__x86_64__)
 template <class F> __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void avx512(const F& f) { f(Bytes<64>()); }
@@ -91,204 +297,107 @@ template <class F> void simd(const F& f) { vector_bytes == 64 ? avx512(f) : vect
 const int vector_bytes = 16;
 template <class F> void simd(const F& f) { f(Bytes<16>()); }
 #endif
-
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }  // b > 0
-INLINE int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return std::max(lo, std::min(v, hi)); }
-
-// Pixel q of lane l of row r of an image lies at r * row + (col + q * step) * px + l * lane.
-struct View { int64_t rows, width, col, step, px, row, lane; };
+#define SIMD(R, ...) simd([&](auto bytes) __attribute__((always_inline)) { Vector<R, bytes.value>::__VA_ARGS__; })
+template <class R, class T> void pack(const View& v, const T* src, const Tile& t, Rows<R> to, bool over) { SIMD(R, pack(v, src, t, to, over)); }
+template <class R, class T> void unpack(const View& v, T* dst, const Tile& t, Rows<R> from, int64_t a, int64_t b, const R* fill) { SIMD(R, unpack(v, dst, t, from, a, b, fill)); }
+template <class R> void conv(Rows<R> out, int64_t out_rows, Rows<const R> in, int64_t in_rows, int64_t step, int64_t off, int64_t dilation, int64_t K, const R* w, int64_t w_tap, int64_t period, const R* init, int64_t slots) {
+  SIMD(R, conv(out, out_rows, in, in_rows, step, off, dilation, K, w, w_tap, period, init, slots));
+}
+template <class R> void correlate(R* sums, int64_t stride, Rows<const R> g, int64_t g0, int64_t g1, Rows<const R> x, int64_t x0, int64_t x1, int64_t padding, int64_t step, int64_t dilation, int64_t K, int64_t slots) {
+  SIMD(R, correlate(sums, stride, g, g0, g1, x, x0, x1, padding, step, dilation, K, slots));
+}
 
 struct Job {
   Problem p;
   const void *in, *weight, *bias, *x;  // in: x forward, grad_output backward; x: for the weight gradient
   void* out;                           // y or grad_input
-  bool forward, want_weight, want_bias;
+  bool forward, want_weight, want_bias, direct;
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
-  int64_t lanes, channels, images;     // per tile; channels and images as regrouped (narrow planes of few channels)
-  int64_t q_begin, q_end, tile, band;  // columns that meet x; columns per tile, rows of out per tile
-  int64_t column_tiles, bands, groups, in_rows, slots, table_step, table;
+  int64_t lanes, channels, images;     // lanes per tile; channels and images as regrouped (narrow planes of few channels)
+  int64_t q_begin, q_end, nq, band;    // columns that meet x; columns per tile, rows of out per tile
+  int64_t column_tiles, bands, groups, in_rows, slots, period;
   double* sums;                        // of every task, (K + 1) x lanes: weight gradients, bias gradient
 };
 
-template <class T, class R>
-INLINE void pack_body(const View v, const T* __restrict src, int64_t row0, int64_t rows, int64_t q0, int64_t nq, int64_t lanes, int64_t present, R* __restrict dst, int64_t stride) {
-  bool dense = lanes == 1 || (v.lane == 1 && present == lanes);
-  int64_t px = v.step * v.px, n = nq * lanes, pad = std::min(stride, (n + 15) / 16 * 16);
-  src += row0 * v.row + (v.col + q0 * v.step) * v.px;
-  if (n == stride && v.row == nq * px && rows) n *= rows, nq *= rows, pad = n, rows = 1;  // rows that follow one another are one
-  for (int64_t r = 0; r < rows; r++, src += v.row, dst += stride) {
-    if (dense && px == lanes)
-      for (int64_t i = 0; i < n; i++) dst[i] = load(src[i]);
-    else if (dense && lanes > 1)
-      for (int64_t q = 0; q < nq; q++)
-        for (int64_t l = 0; l < lanes; l++) dst[q * lanes + l] = load(src[q * px + l]);
-    else
-      for (int64_t l = 0; l < lanes; l++)
-        for (int64_t q = 0; q < nq; q++) dst[q * lanes + l] = l < present ? load(src[l * v.lane + q * px]) : R(0);
-    for (int64_t i = n; i < pad; i++) dst[i] = 0;
-  }
-}
-
-// The reverse, which also fills the columns [a, b) that have no slot.
-template <class T, class R>
-INLINE void unpack_body(const View v, T* __restrict dst, int64_t row0, int64_t rows, int64_t q0, int64_t nq, int64_t lanes, int64_t present, const R* __restrict src, int64_t stride, int64_t a, int64_t b, const R* fill) {
-  bool dense = lanes == 1 || (v.lane == 1 && present == lanes);
-  int64_t px = v.step * v.px, n = nq * lanes, first = v.col + q0 * v.step, last = first + (nq - 1) * v.step + 1;
-  if (!nq) first = last = b;
-  bool gaps = first > a || last < b || v.step > 1;
-  dst += row0 * v.row;
-  if (n == stride && v.row == nq * px && rows && !gaps) n *= rows, nq *= rows, rows = 1;
-  for (int64_t r = 0; r < rows; r++, dst += v.row, src += stride) {
-    T* d = dst + first * v.px;
-    if (gaps)
-      for (int64_t c = a; c < b; c++) {
-        if (c == first && v.step == 1) c = last;
-        if (c < b) for (int64_t l = 0; l < present; l++) store(dst + c * v.px + l * v.lane, fill ? fill[l] : R(0));
-      }
-    if (dense && px == lanes)
-      for (int64_t i = 0; i < n; i++) store(d + i, src[i]);
-    else if (dense && lanes > 1)
-      for (int64_t q = 0; q < nq; q++)
-        for (int64_t l = 0; l < lanes; l++) store(d + q * px + l, src[q * lanes + l]);
-    else
-      for (int64_t l = 0; l < present; l++)
-        for (int64_t q = 0; q < nq; q++) store(d + l * v.lane + q * px, src[q * lanes + l]);
-  }
-}
-
-template <class R, int BYTES> struct Vector {
-  typedef R V __attribute__((vector_size(BYTES), aligned(sizeof(R)), may_alias));
-  static constexpr int64_t size = BYTES / sizeof(R);
-
-  // N rows of out: each is init + the sum over n taps of a row of weights times a row of in.
-  template <int N>
-  static INLINE void rows(R* out, int64_t out_step, const R* in, int64_t in_step, int64_t tap_step, int64_t n, const R* w, int64_t w_tap, int64_t w_step, const R* init, int64_t slots) {
-    for (int64_t i = 0; i < slots; i += size, in += size, out += size, w += w_step) {
-      V sum[N] = {};
-      if (init) for (int r = 0; r < N; r++) sum[r] = *(const V*)(init + i / size * w_step);
-      for (int64_t k = 0; k < n; k++) {
-        V wk = *(const V*)(w + k * w_tap);
-        for (int r = 0; r < N; r++) sum[r] += wk * *(const V*)(in + k * tap_step + r * in_step);
-      }
-      for (int r = 0; r < N; r++) *(V*)(out + r * out_step) = sum[r];
-    }
-  }
-
-  // Row m of out sums the taps k whose row m * step + off + k * dilation is in [0, in_rows).
-  static INLINE void conv(R* out, int64_t out_step, int64_t out_rows, const R* in, int64_t in_rows, int64_t step, int64_t off, int64_t dilation, int64_t K, const R* w, int64_t w_tap, int64_t w_step, const R* init, int64_t slots, int64_t stride) {
-    constexpr int N = 8;
-    int64_t k0 = K, k1 = K, n;  // taps [k0, k1) are in range
-    for (int64_t m = 0; m < out_rows; m += n) {
-      int64_t r = m * step + off, last = r + (N - 1) * step;
-      while (k0 > 0 && r + (k0 - 1) * dilation >= 0) k0--;
-      while (k1 > 0 && r + (k1 - 1) * dilation >= in_rows) k1--;
-      bool block = m + N <= out_rows && (k0 == 0 || last + (k0 - 1) * dilation < 0) && (k1 <= k0 || last + (k1 - 1) * dilation < in_rows);
-      const R* i = in + (k1 > k0 ? (r + k0 * dilation) * stride : 0);
-      n = block ? N : 1;
-      if (block) rows<N>(out + m * out_step, out_step, i, step * stride, dilation * stride, k1 - k0, w + k0 * w_tap, w_tap, w_step, init, slots);
-      else rows<1>(out + m * out_step, out_step, i, step * stride, dilation * stride, k1 - k0, w + k0 * w_tap, w_tap, w_step, init, slots);
-    }
-  }
-
-  // sums of N taps += g rows times x rows
-  template <int N>
-  static INLINE void dots(R* sums, int64_t stride, const R* g, const R* x, int64_t x_step, int64_t tap_step, int64_t rows, int64_t slots) {
-    for (int64_t i = 0; i < slots; i += size) {
-      V sum[N];
-      for (int r = 0; r < N; r++) sum[r] = *(const V*)(sums + r * stride + i);
-      for (int64_t h = 0; h < rows; h++) {
-        V gh = *(const V*)(g + h * stride + i);
-        for (int r = 0; r < N; r++) sum[r] += gh * *(const V*)(x + h * x_step + r * tap_step + i);
-      }
-      for (int r = 0; r < N; r++) *(V*)(sums + r * stride + i) = sum[r];
-    }
-  }
-
-  // sums of every tap k += rows [g0, g1) of grad_output times those rows [x0, x1) of x that the tap reaches from them
-  static INLINE void correlate(R* sums, const R* g, int64_t g0, int64_t g1, const R* x, int64_t x0, int64_t x1, int64_t padding, int64_t step, int64_t dilation, int64_t K, int64_t slots, int64_t stride) {
-    auto first = [&](int64_t k, int64_t row) { return clamp(ceil_div(row + padding - k * dilation, step), g0, g1); };
-    auto row = [&](int64_t k, int64_t h) { return x + (h * step - padding + k * dilation - x0) * stride; };
-    for (int64_t k = 0, n; k < K; k += n) {
-      n = K - k >= 8 ? 8 : K - k >= 3 ? 3 : 1;
-      int64_t h0 = first(k, x0), h1 = std::max(h0, first(k + n - 1, x1));  // rows common to the n taps
-      if (n == 8) dots<8>(sums + k * stride, stride, g + (h0 - g0) * stride, row(k, h0), step * stride, dilation * stride, h1 - h0, slots);
-      else if (n == 3) dots<3>(sums + k * stride, stride, g + (h0 - g0) * stride, row(k, h0), step * stride, dilation * stride, h1 - h0, slots);
-      else h1 = h0;
-      for (int64_t r = 2 * k; r < 2 * (k + n); r++) {  // what a tap alone has before and after them
-        int64_t t = r / 2, a = first(t, x0), b = first(t, x1), cut = clamp(h0, a, b);
-        if (r % 2) a = clamp(h1, cut, b); else b = cut;
-        if (a < b) dots<1>(sums + t * stride, stride, g + (a - g0) * stride, row(t, a), step * stride, 0, b - a, slots);
-      }
-    }
-  }
-};
-
-#define SIMD(...) simd([&](auto bytes) __attribute__((always_inline)) { (void)bytes; __VA_ARGS__; })
-template <class T, class... A> __attribute__((noinline)) void pack(const View& v, const T* src, A... a) { SIMD(pack_body(v, src, a...)); }
-template <class T, class... A> __attribute__((noinline)) void unpack(const View& v, T* dst, A... a) { SIMD(unpack_body(v, dst, a...)); }
-template <class R, class... A> __attribute__((noinline)) void conv(R* out, A... a) { SIMD(Vector<R, bytes.value>::conv(out, a...)); }
-template <class R, class... A> __attribute__((noinline)) void correlate(R* sums, A... a) { SIMD(Vector<R, bytes.value>::correlate(sums, a...)); }
-
-template <class T>
-void tasks(const Job& j, int64_t begin, int64_t end) {
+template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   using R = decltype(load(T()));
   const Problem& p = j.p;
-  const int64_t K = p.K, S = p.stride_h, D = p.dilation, ns = j.slots, step = j.table_step, table = j.table;
-  const int64_t vector = vector_bytes / sizeof(R), units = j.images * j.bands * j.column_tiles;
-  std::vector<R> scratch((K + 1) * table + (K + 1) * ns + (j.in_rows + 2 * j.band) * ns + 64);
-  R* weights = scratch.data() + 64 / sizeof(R) - (uintptr_t)scratch.data() % 64 / sizeof(R);
-  R *sums = weights + (K + 1) * table, *in = sums + (K + 1) * ns, *out = in + j.in_rows * ns, *x = out + j.band * ns;
-  for (int64_t t = begin; t < end; t++) {
-    int64_t c0 = t / j.groups * j.lanes, lanes = p.channels_last ? std::min(j.lanes, j.channels - c0) : j.lanes, group = t % j.groups;
-    for (int64_t s = 0; s < table; s++) {
-      int64_t c = (c0 + s % lanes) % p.C;
-      if (j.weight) for (int64_t k = 0; k < K; k++) weights[k * table + s] = load(((const T*)j.weight)[c * K + k]);
-      weights[K * table + s] = j.bias ? load(((const T*)j.bias)[c]) : R(0);
-    }
-    const R* init = j.bias ? weights + K * table : nullptr;
+  const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, ns = j.slots, period = j.period, vector = vector_bytes / sizeof(R);
+  const int64_t units = j.images * j.bands * j.column_tiles, size = (K + 1) * (period + ns) + (j.in_rows + 2 * j.band) * ns;
+  struct Free { void operator()(R* p) { std::free(p); } };
+  std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
+  if (!scratch) throw std::bad_alloc();
+  R *weights = scratch.get(), *sums = weights + (K + 1) * period, *buffer_in = sums + (K + 1) * ns, *buffer_out = buffer_in + j.in_rows * ns, *buffer_x = buffer_out + j.band * ns;
+  for (int64_t t = begin, built = -1; t < end; t++) {
+    int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = p.channels_last ? std::min(j.lanes, j.channels - c0) : j.lanes;
+    for (int64_t i = 0, c = c0; i < period && c0 != built; i++, c = c + 1 < p.C ? c + 1 : 0)
+      for (int64_t k = 0; k <= K; k++) {
+        const T* from = k < K ? (const T*)j.weight : (const T*)j.bias;
+        weights[k * period + i] = i >= lanes ? weights[k * period + i - lanes] : from ? load(from[k < K ? c * K + k : c]) : R(0);
+      }
+    built = c0;
+    const R* init = j.bias ? weights + K * period : nullptr;
     std::fill(sums, sums + (K + 1) * ns, R(0));
     double* total = j.sums + t * (K + 1) * j.lanes;
     int64_t rows_summed = 0;
     for (int64_t u = units * group / j.groups, u1 = units * (group + 1) / j.groups; u < u1; u++) {
       int64_t ct = u % j.column_tiles, b = u / j.column_tiles % j.bands, n = u / j.column_tiles / j.bands;
       int64_t o0 = j.vout.rows * b / j.bands, o1 = j.vout.rows * (b + 1) / j.bands;
-      int64_t q0 = j.q_begin + ct * j.tile, nq = std::min(j.tile, j.q_end - q0), slots = (nq * lanes + vector - 1) / vector * vector;
+      int64_t q0 = j.q_begin + ct * j.nq, nq = std::min(j.nq, j.q_end - q0), slots = (nq * lanes + vector - 1) / vector * vector;
       int64_t present = p.channels_last ? lanes : std::min({lanes, j.channels - c0, p.N * p.C - (n * j.channels + c0)});
       auto image = [&](const View& v) { return p.channels_last ? n * v.rows * v.row + c0 : (n * j.channels + c0) * v.rows * v.row; };
+      // The tile of a tensor as rows of slots: where it lies, if it looks like that there and K is small, else packed.
+      auto rows = [&](const View& v, const void* tensor, int64_t r0, int64_t r1, R* buffer) -> Rows<const R> {
+        const T* from = (const T*)tensor + image(v);
+        Tile tile{r0, r1 - r0, q0, nq, lanes, present};
+        int64_t at = r0 * v.row + (v.col + q0 * v.step) * v.px;
+        bool dense = tile.dense(v);
+        bool over = slots == nq * lanes || (dense && nq == j.nq && image(v) + at + (r1 - r0 - 1) * v.row + slots <= p.N * p.C * v.rows * v.width);
+        if constexpr (std::is_same_v<T, R>) if (j.direct && dense && over) return {from + at, v.row};
+        pack(v, from, tile, Rows<R>{buffer, ns}, over && dense);
+        return {buffer, ns};
+      };
       // the rows of in that out rows [o0, o1) meet
-      int64_t i0 = j.forward ? o0 * S - p.padding_h : ceil_div(o0 + p.padding_h - (K - 1) * D, S);
-      int64_t i1 = j.forward ? (o1 - 1) * S - p.padding_h + (K - 1) * D + 1 : ceil_div(o1 + p.padding_h, S);
+      int64_t i0 = j.forward ? o0 * S - pad : ceil_div(o0 + pad - (K - 1) * D, S);
+      int64_t i1 = j.forward ? (o1 - 1) * S - pad + (K - 1) * D + 1 : ceil_div(o1 + pad, S);
       i0 = clamp(i0, 0, j.vin.rows), i1 = clamp(i1, i0, j.vin.rows);
-      if (j.out || j.want_weight) pack(j.vin, (const T*)j.in + image(j.vin), i0, i1 - i0, q0, nq, lanes, present, in, ns);
+      Rows<const R> in{};
+      if (j.out || j.want_weight) in = rows(j.vin, j.in, i0, i1, buffer_in);
       if (j.out) {
-        if (j.forward) conv(out, ns, o1 - o0, in, i1 - i0, S, o0 * S - p.padding_h - i0, D, K, weights, table, step, init, slots, ns);
+        const View& v = j.vout;
+        T* image_out = (T*)j.out + image(v);
+        Rows<R> out{buffer_out, ns};
+        Tile tile{o0, o1 - o0, q0, nq, lanes, present};
+        int64_t a = ct ? v.col + q0 * v.step : 0, e = ct + 1 < j.column_tiles ? v.col + (q0 + nq) * v.step : v.width;
+        bool in_place = std::is_same_v<T, R> && tile.dense(v) && v.step == 1 && slots == nq * lanes && a == v.col + q0 && e == a + nq;
+        if constexpr (std::is_same_v<T, R>) if (in_place) out = {image_out + o0 * v.row + a * v.px, v.row};
+        if (j.forward) conv(out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, period, period, init, slots);
         else for (int64_t i = o0; i < std::min(o0 + S, o1); i++) {
           // Rows i, i + S, ... of grad_input meet only the taps k, k + every, ...; the last of them meets the first row of grad_output.
           int64_t k = 0, every = S / std::gcd(S, D);
-          while (k < every && (i + p.padding_h - k * D) % S) k++;
+          while (k < every && (i + pad - k * D) % S) k++;
           int64_t taps = k < every && k < K ? (K - 1 - k) / every + 1 : 0, d = every * D / S;
-          conv(out + (i - o0) * ns, S * ns, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + p.padding_h - k * D) / S - (taps - 1) * d - i0, d, taps,
-                  weights + (k + (taps - 1) * every) * table, -every * table, step, nullptr, slots, ns);
+          conv(Rows<R>{out.data + (i - o0) * out.stride, S * out.stride}, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
+               weights + (k + (taps - 1) * every) * period, -every * period, period, init, slots);
         }
-        int64_t a = ct ? j.vout.col + q0 * j.vout.step : 0, e = ct + 1 < j.column_tiles ? j.vout.col + (q0 + nq) * j.vout.step : j.vout.width;
-        unpack(j.vout, (T*)j.out + image(j.vout), o0, o1 - o0, q0, nq, lanes, present, out, ns, a, e, init);
+        if (!in_place) unpack(v, image_out, tile, out, a, e, init);
       }
-      if (j.want_weight) {
-        pack(j.vout, (const T*)j.x + image(j.vout), o0, o1 - o0, q0, nq, lanes, present, x, ns);
-        correlate(sums, in, i0, i1, x, o0, o1, p.padding_h, S, D, K, slots, ns);
-      }
+      if (j.want_weight) correlate(sums, ns, in, i0, i1, rows(j.vout, j.x, o0, o1, buffer_x), o0, o1, pad, S, D, K, slots);
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
         for (int64_t h = p.H_out * b / j.bands; h < p.H_out * (b + 1) / j.bands; h++)
-          for (int64_t w = w0; w < w1; w += j.tile) {
-            pack(j.vgrad, (const T*)j.in + image(j.vgrad), h, 1, w, std::min(j.tile, w1 - w), lanes, present, in, ns);
-            for (int64_t s = 0; s < std::min(j.tile, w1 - w) * lanes; s++) sums[K * ns + s] += in[s];
+          for (int64_t w = w0, m; w < w1; w += m) {
+            m = std::min(j.nq, w1 - w);
+            pack(j.vgrad, (const T*)j.in + image(j.vgrad), Tile{h, 1, w, m, lanes, present}, Rows<R>{buffer_in, ns}, false);
+            for (int64_t s = 0; s < m * lanes; s++) sums[K * ns + s] += buffer_in[s];
           }
       }
       rows_summed += o1 - o0;
       if ((j.want_weight || j.want_bias) && (rows_summed >= 1024 || u + 1 == u1)) {
         for (int64_t k = 0; k <= K; k++)
-          for (int64_t s = 0; s < j.tile * lanes; s++) total[k * j.lanes + s % lanes] += sums[k * ns + s], sums[k * ns + s] = 0;
+          for (int64_t q = 0; q < j.nq; q++)
+            for (int64_t l = 0; l < lanes; l++) total[k * j.lanes + l] += sums[k * ns + q * lanes + l];
+        std::fill(sums, sums + (K + 1) * ns, R(0));
         rows_summed = 0;
       }
     }
@@ -317,20 +426,20 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t Q = std::max<int64_t>(j.q_end - j.q_begin, 1);
   // as many columns as leave room for three times the rows that a tile shares with its neighbour
   const int64_t halo = std::min(halo_all, j.vin.rows), wanted = clamp(budget / std::max(3 * halo + 16, p.K), 64, 1024);
-  const bool narrow = !p.channels_last && Q <= vector / 2;
-  j.lanes = p.channels_last ? std::min(p.C, wanted) : narrow ? (p.C < vector ? vector / p.C * p.C : vector) : 1;
-  j.channels = narrow && p.C < vector ? j.lanes : p.C;
+  const bool narrow = !p.channels_last && Q <= 2 * vector;
+  j.direct = p.K <= 9;
+  j.lanes = p.channels_last ? std::min(p.C, wanted) : narrow ? vector : 1;
+  j.channels = narrow && p.C < vector ? vector / p.C * p.C : p.C;
   j.images = (p.N * p.C + j.channels - 1) / j.channels;
-  j.tile = std::min(Q, std::max<int64_t>(1, wanted / j.lanes));
-  j.slots = (j.tile * j.lanes + vector - 1) / vector * vector;
-  j.band = clamp((budget / j.slots - halo) / (j.forward ? p.stride_h : 1), 16, j.vout.rows);
-  if (j.vout.rows < 16) j.band = j.vout.rows;
+  j.nq = std::min(Q, std::max<int64_t>(1, wanted / j.lanes));
+  j.slots = (j.nq * j.lanes + vector - 1) / vector * vector;
+  j.period = std::min(std::lcm(j.lanes, vector), j.slots);
+  j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
-  j.column_tiles = (Q + j.tile - 1) / j.tile, j.bands = (j.vout.rows + j.band - 1) / j.band;
-  j.table_step = vector % j.lanes ? vector : 0, j.table = j.table_step ? j.slots : vector;
+  j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
   const int64_t blocks = (j.channels + j.lanes - 1) / j.lanes, units = j.images * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
-  j.groups = clamp(total / blocks / std::max(budget, total / 256), 1, units);
+  j.groups = clamp(total / blocks / std::max({budget, total / 256, 8 * (p.K + 1) * j.slots}), 1, units);
   const int64_t count = blocks * j.groups;
   std::vector<double> sums;
   if (j.want_weight || j.want_bias) sums.resize(count * (p.K + 1) * j.lanes);
@@ -366,6 +475,8 @@ void cpu_backward(const Problem& p, const void* grad_output, const void* x, cons
   j.p = p, j.in = grad_output, j.weight = weight, j.x = x, j.out = grad_input, j.want_weight = grad_weight, j.want_bias = grad_bias;
   run(j, grad_weight, grad_bias);
 }
+#undef SIMD
+#undef INLINE
 
 // ---- The operators ----
 // forward and backward are ordinary dispatcher operators: CPU, CUDA and Meta kernels, autograd as PyTorch's own

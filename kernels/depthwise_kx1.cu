@@ -377,7 +377,7 @@ template <bool Gradient, class F> auto choose(const Problem& p, std::initializer
   };
   const auto shape = [&]<class T, int V>() {
     if (p.K <= 4 && vectors<T, V>(p, pointers)) return layout.template operator()<T, V, (Gradient ? 16 : 32) / V, 4>();
-    if (vectors<T, 4>(p, pointers)) return layout.template operator()<T, 4, Gradient ? 4 : 8, 7>();
+    if (vectors<T, 4>(p, pointers)) return layout.template operator()<T, 4, Gradient ? 4 : 7, 7>();
     return layout.template operator()<T, 1, 16, 8>();
   };
   switch (p.type) {
