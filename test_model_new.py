@@ -1124,7 +1124,7 @@ def main():
         outcomes[outcome] += 1
         print(f"{time.perf_counter() - start:6.1f} s  {outcome:7} {name}{why}", flush=True)
     print(", ".join(f"{number} {outcome}" for outcome, number in outcomes.items()))
-    return bool(outcomes["failed"])
+    return bool(outcomes["failed"]) or not any(outcomes.values())
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ struct Problem {
 // CUDA launchers (kernels/depthwise_kx1.cu): asynchronous on `stream` of the current device; return nullptr or what went wrong.
 // A null pointer is a tensor that is absent (bias) or not asked for (gradients); weight may be null if grad_input is, x if grad_weight is.
 const char* launch_forward(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream);
-size_t backward_workspace(const Problem&);  // bytes of scratch launch_backward needs for weight/bias gradients
-const char* launch_backward(const Problem&, const void* grad_output, const void* x, const void* weight,
-                            void* grad_input, void* grad_weight, void* grad_bias, void* workspace, void* stream);
+// Weight and bias gradients need `scratch`, called at most once, for `bytes` of memory until the stream has passed.
+const char* launch_backward(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input,
+                            void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream);
 // ---- end of the part shared with the .cu ----
 
 #include <array>
@@ -647,12 +647,16 @@ struct OnCUDA {
     check(launch_forward(p, x, weight, bias, y, stream));
   }
   void backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_x, void* grad_weight, void* grad_bias) {
-    size_t bytes = grad_weight || grad_bias ? backward_workspace(p) : 0;
-    Tensor workspace = bytes ? at::empty({static_cast<int64_t>(bytes)}, options) : Tensor();
-    check(launch_backward(p, grad_output, x, weight, grad_x, grad_weight, grad_bias, mutable_data(workspace), stream));
+    const auto allocate = [](size_t bytes, void* self) {
+      auto& on = *static_cast<OnCUDA*>(self);
+      on.scratch = at::empty({static_cast<int64_t>(bytes)}, on.options);
+      return on.scratch.mutable_data_ptr();
+    };
+    check(launch_backward(p, grad_output, x, weight, grad_x, grad_weight, grad_bias, allocate, this, stream));
   }
   static void check(const char* error) { TORCH_CHECK(!error, "depthwise_kx1: ", error); }
   at::TensorOptions options;
+  Tensor scratch;
   c10::cuda::CUDAGuard guard;
   cudaStream_t stream;
 };

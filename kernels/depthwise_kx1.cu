@@ -357,14 +357,15 @@ const char* launch(const Plan& plan, const T* in, const T* x, const T* weight, c
 
 template <class T, int V, int R, int M, bool ChannelsLast>
 const char* backward(const Problem& p, const T* grad_output, const T* x, const T* weight, T* grad_input, T* grad_weight, T* grad_bias,
-                     void* workspace, cudaStream_t stream) {
+                     void* (*scratch)(size_t, void*), void* context, cudaStream_t stream) {
   Plan plan = ::plan<T, V, R>(p, true, weight, grad_weight, grad_bias);
+  void* const partial = grad_weight || grad_bias ? scratch(plan.partial * sizeof(Sum<T>), context) : nullptr;
   const int all = grad_weight ? p.K : 0, dots = plan.a.dot_end;
   do {
     plan.a.dot_end = std::min(all, plan.a.dot_begin + dots);
-    if (const char* error = launch<T, V, R, M, ChannelsLast, true>(plan, grad_output, x, weight, nullptr, grad_input, workspace, stream)) return error;
-    if (grad_weight || grad_bias)
-      reduce<T, V, ChannelsLast><<<p.C, 256, 0, stream>>>(plan.a, static_cast<const Sum<T>*>(workspace), grad_weight, grad_bias);
+    if (const char* error = launch<T, V, R, M, ChannelsLast, true>(plan, grad_output, x, weight, nullptr, grad_input, partial, stream)) return error;
+    if (partial)
+      reduce<T, V, ChannelsLast><<<p.C, 256, 0, stream>>>(plan.a, static_cast<const Sum<T>*>(partial), grad_weight, grad_bias);
     plan.a.has_bias_sum = false, grad_input = nullptr, plan.a.dot_begin += dots;
   } while (plan.a.dot_begin < all);
   return check(cudaGetLastError());
@@ -378,13 +379,14 @@ template <bool Gradient, class F> auto choose(const Problem& p, std::initializer
   const auto shape = [&]<class T, int V>() {
     if (p.K <= 4 && vectors<T, V>(p, pointers)) return layout.template operator()<T, V, (Gradient ? 16 : 32) / V, 4>();
     if (vectors<T, 4>(p, pointers)) return layout.template operator()<T, 4, Gradient ? 4 : 7, 7>();
-    return layout.template operator()<T, 1, 16, 8>();
+    if (p.H <= 8 && !p.channels_last) return f.template operator()<T, 1, 8, 7, false>();
+    return layout.template operator()<T, 1, Gradient ? 16 : 24, 7>();
   };
   switch (p.type) {
     case Type::f32: return shape.template operator()<float, 4>();
     case Type::f16: return shape.template operator()<__half, 8>();
     case Type::bf16: return shape.template operator()<__nv_bfloat16, 8>();
-    default: return layout.template operator()<double, 1, 8, 8>();
+    default: return layout.template operator()<double, 1, 8, 7>();
   }
 }
 }  // namespace
@@ -396,19 +398,10 @@ const char* launch_forward(const Problem& p, const void* x, const void* weight, 
   });
 }
 
-size_t backward_workspace(const Problem& p) {
-  const auto bytes = [&]<class T, int V, int R, int, bool>() {
-    size_t most = 0;
-    for (int wanted = 0; wanted < 8; ++wanted) most = std::max(most, plan<T, V, R>(p, true, wanted & 4, wanted & 2, wanted & 1).partial);
-    return most * sizeof(Sum<T>);
-  };
-  return std::max(choose<true>(p, {}, bytes), choose<true>(p, {(const void*)1}, bytes));
-}
-
 const char* launch_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
-                            void* grad_weight, void* grad_bias, void* workspace, void* stream) {
+                            void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
   return choose<true>(p, {grad_output, x, grad_input}, [&]<class T, int V, int R, int M, bool ChannelsLast>() {
     return backward<T, V, R, M, ChannelsLast>(p, (const T*)grad_output, (const T*)x, (const T*)weight, (T*)grad_input, (T*)grad_weight,
-                                                     (T*)grad_bias, workspace, cudaStream_t(stream));
+                                                     (T*)grad_bias, scratch, context, cudaStream_t(stream));
   });
 }
