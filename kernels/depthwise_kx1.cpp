@@ -45,6 +45,7 @@ const char* launch_backward(const Problem&, const void* grad_output, const void*
 // So packing and unpacking know the layout and the type, and all arithmetic is on whole vectors of rows in cache.
 // Rows that already look like that are used where they lie.
 // Tiles are cut alike whatever the number of threads, and partial sums are added in a fixed order: results are reproducible.
+#include <sys/mman.h>
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -462,16 +463,28 @@ void run(Job j, void* grad_weight, void* grad_bias) {
       }
   });
 }
+
+// Fresh memory costs more in page faults than the convolution does: ask for large pages for large outputs.
+void use_large_pages(void* at, const Problem& p, int64_t rows, int64_t width) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(at) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(at) + p.N * p.C * rows * width * (p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2)) / page * page;
+  if (at && last >= first + 4 * page) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 }  // namespace
 
 void cpu_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y) {
   Job j{};
+  use_large_pages(y, p, p.H_out, p.W_out);
   j.p = p, j.forward = true, j.in = x, j.weight = weight, j.bias = bias, j.out = y;
   run(j, nullptr, nullptr);
 }
 
 void cpu_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight, void* grad_bias) {
   Job j{};
+  use_large_pages(grad_input, p, p.H, p.W);
   j.p = p, j.in = grad_output, j.weight = weight, j.x = x, j.out = grad_input, j.want_weight = grad_weight, j.want_bias = grad_bias;
   run(j, grad_weight, grad_bias);
 }
