@@ -69,15 +69,15 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // n / divisor and n % divisor for 0 <= n < 2^31 by a multiplication (Granlund and Montgomery, 1994).
 struct Divisor {
-  uint32_t divisor, multiplier, shift;
+  uint32_t divisor, multiplier, shift, one;  // one: all bits set where the divisor is 1
   Divisor() = default;
-  Divisor(int64_t d) : divisor(d), multiplier(0), shift(0) {
+  Divisor(int64_t d) : divisor(d), multiplier(0), shift(0), one(d == 1 ? ~0u : 0) {
     while ((1ll << shift) < d) ++shift;
     if (d > 1) multiplier = ((1ull << (31 + shift)) + d - 1) / d, --shift;
   }
-  __device__ int over(int n) const { return divisor == 1 ? n : int(__umulhi(n, multiplier) >> shift); }
+  __device__ int over(uint32_t n) const { return (__umulhi(n, multiplier) | (n & one)) >> shift; }
   __device__ int operator()(int n, int& remainder) const { const int q = over(n); remainder = n - q * int(divisor); return q; }
-  __device__ int steps(int n) const { return n <= 0 ? 0 : over(n + divisor - 1); }  // of `divisor` that cover n
+  __device__ int steps(int n) const { return over(max(n, 0) + divisor - 1); }  // of `divisor` that cover n
 };
 
 // Bits [lo, hi) of a word.
@@ -94,12 +94,14 @@ struct Walk {
   Problem p;
   bool has_bias_sum;
   int in_rows, in_width, out_rows, out_width;      // planes of in and out, in rows and pixels
+  uint32_t in_columns, out_columns;                // numbers in their rows
+  int64_t in_plane, out_plane;                     // numbers in their planes
   int row_begin, pixel_begin, pixel_end;           // what is walked of out: beyond its own where a bias gradient wants that
   Divisor pixel, channels;                         // numbers in a pixel: C if channels_last, else 1; C
   Divisor in_step, out_step;
   int taps_step;                                   // taps that share rows are this far apart
   Divisor groups, groups_per_residue;              // of R rows, one out_step apart: in a plane; in a residue class mod out_step
-  int64_t plane_step;
+  int plane_step;
   int lines;                                       // a line is one group of one plane
   int log2_tx;                                     // threads of a block along a row; the others take lines
   Divisor column_tiles, slices;                    // a block keeps its slice: its columns and, for contiguous weight
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(256, 2) walk(const __grid_constant__ Walk a, c
   const int K = int(a.p.K), stride = int(a.p.stride_h), dilation = int(a.p.dilation);
   int slice, tile_column, w, c;
   const int split = a.slices(blockIdx.x, slice);
-  const int64_t first_plane = a.column_tiles(slice, tile_column);
+  const int first_plane = a.column_tiles(slice, tile_column);
   tile_column *= tx * V;
 
   // The thread's columns: where they are in out and in.
@@ -131,9 +133,8 @@ __global__ void __launch_bounds__(256, 2) walk(const __grid_constant__ Walk a, c
   bool reached = w < a.pixel_end && in_w >= 0;
   if (Gradient && a.p.stride_w > 1) reached = reached && in_w % int(a.p.stride_w) == 0, in_w /= int(a.p.stride_w);
   reached = reached && in_w < a.in_width;
-  const int64_t in_columns = int64_t(a.in_width) * a.pixel.divisor, out_columns = int64_t(a.out_width) * a.pixel.divisor;
-  const int64_t in_column = int64_t(in_w) * a.pixel.divisor + c, out_column = int64_t(w) * a.pixel.divisor + c;
-  const uint32_t in_stride = in_columns * a.in_step.divisor, out_stride = out_columns * a.out_step.divisor;
+  const int in_column = in_w * int(a.pixel.divisor) + c, out_column = w * int(a.pixel.divisor) + c;
+  const uint32_t in_stride = a.in_columns * a.in_step.divisor, out_stride = a.out_columns * a.out_step.divisor;
 
   Packed<T, Vw>* weights = reinterpret_cast<Packed<T, Vw>*>(shared);  // channels_last: [K][tx]
   Packed<Sum<T>, Vw>* sums = reinterpret_cast<Packed<Sum<T>, Vw>*>(shared + (ChannelsLast && weight ? (sizeof(T) * K * tx * V + 15) / 16 * 16 : 0));
@@ -147,16 +148,16 @@ __global__ void __launch_bounds__(256, 2) walk(const __grid_constant__ Walk a, c
     for (int i = 0; i <= dots; ++i) sums[i * blockDim.x + threadIdx.x] = {};
 
   for (int line = split * lines_per_tile + (threadIdx.x >> a.log2_tx); line < a.lines; line += a.splits * lines_per_tile) {
-    int group, channel = int(first_plane);
-    const int64_t plane = a.groups(line, group) * a.plane_step + first_plane;
-    if (!Gradient || ChannelsLast) a.channels(int(plane), channel);
+    int group, channel = first_plane;
+    const int plane = a.groups(line, group) * a.plane_step + first_plane;
+    if (!Gradient || ChannelsLast) a.channels(plane, channel);
     int row = a.row_begin;
     if (a.out_step.divisor > 1) row += a.groups_per_residue(group, group);
     row += group * R * int(a.out_step.divisor);
     const uint32_t mine = owned ? bits(a.out_step.steps(-row), min(R, a.out_step.steps(a.out_rows - row))) : 0;  // of the R rows
     const uint32_t paired = Gradient && reached && dots ? mine : 0;
-    const int64_t out_at = (plane * a.out_rows + row) * out_columns + out_column;
-    const T* const plane_in = in + plane * a.in_rows * in_columns + in_column;
+    const int64_t out_at = plane * a.out_plane + int64_t(row) * int(a.out_columns) + out_column;
+    const T* const plane_in = in + (plane * a.in_plane + in_column);
 
     Sum<T> acc[R][V], own[R][V], rows[R + M - 1][V];
 #pragma unroll
@@ -187,7 +188,13 @@ __global__ void __launch_bounds__(256, 2) walk(const __grid_constant__ Walk a, c
         const int taps = a.taps_step == 1 ? min(M, K - first) : min(M, (K - first + a.taps_step - 1) / a.taps_step), unused = Gradient ? M - taps : 0;
         const uint32_t needed = bits(unused, unused + R + taps - 1);
         const uint32_t valid = reached ? bits(a.in_step.steps(-in_row), a.in_step.steps(a.in_rows - in_row)) & ~(~0u << (R + M - 1)) : 0;
-        fetch<V, R + M - 1>(rows, plane_in + in_row * in_columns, in_stride, taps == M ? valid : valid & needed);
+        Sum<T> wk[M];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          const int j = Gradient ? M - 1 - m : m;
+          wk[m] = !ChannelsLast && weight && j < taps ? widen(weight[channel * K + first + j * a.taps_step]) : Sum<T>(0);
+        }
+        fetch<V, R + M - 1>(rows, plane_in + int64_t(in_row) * int(a.in_columns), in_stride, taps == M ? valid : valid & needed);
         if (Gradient && a.has_bias_sum && first == 0) {  // a row of grad_output meets tap 0, here in row R + M - 1, just once
 #pragma unroll
           for (int v = 0; v < V; ++v)
@@ -202,14 +209,14 @@ __global__ void __launch_bounds__(256, 2) walk(const __grid_constant__ Walk a, c
           for (int m = 0; m < M; ++m) {
             const int j = Gradient ? M - 1 - m : m, k = first + j * a.taps_step;
             if (j >= taps) continue;
-            Sum<T> wk[Vw] = {}, dot[V] = {};
-            if (weight) unpack(wk, ChannelsLast ? weights[k * tx + lane] : load<Vw>(weight + channel * K + k));
+            Sum<T> w_k[Vw] = {wk[m]}, dot[V] = {};
+            if (ChannelsLast && weight) unpack(w_k, weights[k * tx + lane]);
 #pragma unroll
             for (int r = 0; r < R; ++r) {
               if (guarded && !(valid >> (r + m) & 1)) continue;
 #pragma unroll
               for (int v = 0; v < V; ++v) {
-                acc[r][v] += wk[v % Vw] * rows[r + m][v];
+                acc[r][v] += w_k[v % Vw] * rows[r + m][v];
                 if (Gradient && (!guarded || paired >> r & 1)) dot[v] += own[r][v] * rows[r + m][v];
               }
             }
@@ -309,6 +316,8 @@ template <class T, int V, int R> Plan plan(const Problem& p, bool gradient, bool
   a.pixel = p.channels_last ? p.C : 1, a.channels = p.C;
   const int64_t in_step = gradient ? d / g : s * d / g, out_step = gradient ? s * d / g : d / g;
   a.in_step = in_step, a.out_step = out_step, a.taps_step = s / g;
+  a.in_columns = a.in_width * a.pixel.divisor, a.in_plane = int64_t(a.in_columns) * a.in_rows;
+  a.out_columns = a.out_width * a.pixel.divisor, a.out_plane = int64_t(a.out_columns) * a.out_rows;
   const int64_t rows = row_end - a.row_begin, most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int64_t vectors = (a.pixel_end - a.pixel_begin) * a.pixel.divisor / V, planes = p.channels_last ? p.N : p.N * p.C;
   const int64_t groups_per_residue = ceil_div(ceil_div(rows, out_step), R), groups = std::min(out_step, rows) * groups_per_residue;
