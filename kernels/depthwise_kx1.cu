@@ -114,7 +114,7 @@ struct Walk {
 // Gradient also sums x * grad_output for each tap, and grad_output, per thread in shared memory and at its end per block
 // in `partial`.
 template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient>
-__global__ void __launch_bounds__(256, 2) walk(const __grid_constant__ Walk a, const T* __restrict__ in, const T* __restrict__ x,
+__global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4) walk(const __grid_constant__ Walk a, const T* __restrict__ in, const T* __restrict__ x,
                                             const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ out,
                                             Sum<T>* __restrict__ partial) {
   constexpr int Vw = ChannelsLast ? V : 1;  // distinct weights in a vector
@@ -330,7 +330,7 @@ template <class T, int V, int R> Plan plan(const Problem& p, bool gradient, bool
   while (staged && a.log2_tx && (p.K * sizeof(T) * V << a.log2_tx) > most / 4) --a.log2_tx;
   const size_t weights = staged ? ((p.K * sizeof(T) * V << a.log2_tx) + 15) / 16 * 16 : 0;
   const size_t sums = gradient ? sizeof(Sum<T>) * (p.channels_last ? V : 1) : 0;  // bytes for each thread and tap
-  plan.threads = 256, a.dot_end = gradient && !has_dots ? 0 : p.K;
+  plan.threads = p.channels_last ? 256 : 128, a.dot_end = gradient && !has_dots ? 0 : p.K;
   while (gradient && plan.threads > std::max(32, 1 << a.log2_tx) && weights + sums * plan.threads * (a.dot_end + 1) > most / 3) plan.threads /= 2;
   if (gradient) a.dot_end = std::min<int64_t>(a.dot_end, (most - weights) / (sums * plan.threads) - 1);
   plan.shared = weights + sums * plan.threads * (a.dot_end + 1);
@@ -338,7 +338,7 @@ template <class T, int V, int R> Plan plan(const Problem& p, bool gradient, bool
   const int64_t column_tiles = ceil_div(vectors, 1 << a.log2_tx), slices = column_tiles * a.plane_step;
   a.column_tiles = column_tiles, a.slices = slices;
   const int64_t tiles = ceil_div(a.lines, plan.threads >> a.log2_tx);
-  const int64_t wanted = int64_t(!gradient && !staged ? 64 : p.channels_last ? 4 : 8) * attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t wanted = int64_t(p.channels_last ? 3 : gradient ? 16 : 128) * attribute(cudaDevAttrMultiProcessorCount);
   a.splits = ceil_div(tiles, std::max<int64_t>(1, ceil_div(tiles * slices, wanted)));
   plan.partial = !gradient ? 0 : slices * a.splits * (a.dot_end + 1) * (p.channels_last ? std::min<int64_t>(p.C, V << a.log2_tx) : 1);
   return plan;
@@ -382,14 +382,14 @@ const char* backward(const Problem& p, const T* grad_output, const T* x, const T
 
 // Calls f<T, V, R, M, ChannelsLast>() with the variant for p.
 template <bool Gradient, class F> auto choose(const Problem& p, std::initializer_list<const void*> pointers, F&& f) {
-  const auto layout = [&]<class T, int V, int R, int M>() {
-    return p.channels_last ? f.template operator()<T, V, R, M, true>() : f.template operator()<T, V, R, M, false>();
+  const auto layout = [&]<class T, int V, int R, int M, int R_last = R>() {
+    return p.channels_last ? f.template operator()<T, V, R_last, M, true>() : f.template operator()<T, V, R, M, false>();
   };
   const auto shape = [&]<class T, int V>() {
-    if (p.K <= 4 && vectors<T, V>(p, pointers)) return layout.template operator()<T, V, (Gradient ? 16 : 32) / V, 4>();
+    if (p.K <= 3 && vectors<T, V>(p, pointers)) return layout.template operator()<T, V, (Gradient ? 24 : 32) / V, 3, (Gradient ? 16 : 32) / V>();
     if (vectors<T, 4>(p, pointers)) return layout.template operator()<T, 4, Gradient ? 4 : 7, 7>();
     if (p.H <= 8 && !p.channels_last) return f.template operator()<T, 1, 8, 7, false>();
-    return layout.template operator()<T, 1, Gradient ? 16 : 24, 7>();
+    return layout.template operator()<T, 1, 16, 7>();
   };
   switch (p.type) {
     case Type::f32: return shape.template operator()<float, 4>();
