@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import glob
 import hashlib
+import logging
 import operator
 import os
 import re
@@ -26,16 +27,21 @@ _SOURCES = None  # {file name: text} in a bundle
 _STARTED = time.perf_counter()
 
 
+def _digest(*values):
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
 def _read_sources():
     """The kernel sources: a bundle's own, else from kernels/ beside this file, else from kernels/ in the working directory."""
     if _SOURCES:
         return _SOURCES
-    own = [os.path.dirname(os.path.abspath(__file__))] if "__file__" in globals() else []
-    folders = [os.path.join(place, "kernels") for place in own + [os.getcwd()]]
+    own = os.path.abspath(globals().get("__file__", "model_new.py"))
+    folders = list(dict.fromkeys(os.path.join(place, "kernels") for place in (os.path.dirname(own), os.getcwd())))
     for folder in folders:
         paths = [os.path.join(folder, name) for name in ("depthwise_kx1.cpp", "depthwise_kx1.cu")]
         if all(map(os.path.isfile, paths)):
-            return {os.path.basename(path): open(path, encoding="utf-8").read() for path in paths}
+            texts = [open(path, encoding="utf-8").read() for path in paths + [own] * os.path.isfile(own)]
+            return dict(zip(("depthwise_kx1.cpp", "depthwise_kx1.cu", "digest of model_new.py"), texts[:2] + [_digest(texts[2:])]))
     raise FileNotFoundError(f"kernels/depthwise_kx1.cpp and .cu are neither in {' nor in '.join(folders)}: keep model_new.py "
                             "beside its kernels/, or use the self-contained file that `python model_new.py --bundle FILE` writes")
 
@@ -105,19 +111,20 @@ class _Explain:
 
 def _build(library, **options):
     """Builds in a fresh folder, loads, and moves the result to its final name in one step, so that no half-written library
-    is ever seen. One process builds at a time; the system frees the lock of one that dies, the next clears what it left."""
+    is ever seen; false if another process has just done so. One process builds at a time; the system frees the lock of one that dies, the next clears what it left."""
     root, name = os.path.dirname(library), os.path.splitext(os.path.basename(library))[0]
     with _Explain(root):
         os.makedirs(root, exist_ok=True)
         with open(f"{root}/{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if os.path.exists(library):
-                return
+                return False
             for stale in glob.glob(glob.escape(f"{root}/{name}.build") + "*"):
                 shutil.rmtree(stale, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=f"{name}.build", dir=root, ignore_cleanup_errors=True) as folder:
                 _compile(name, folder, **options)
                 os.replace(glob.glob(glob.escape(folder) + "/*.so")[0], library)
+    return True
 
 
 def _compile(name, folder, sources, cflags, cuda_flags, cuda_home):
@@ -130,7 +137,8 @@ def _compile(name, folder, sources, cflags, cuda_flags, cuda_home):
     print(f"model_new: building {'CUDA and CPU' if cuda_home else 'CPU'} kernels in {os.path.dirname(folder)}, once", file=sys.stderr, flush=True)
 
     from unittest.mock import patch
-    from torch.utils import cpp_extension
+    with patch.object(logging.getLogger("torch.utils.cpp_extension"), "disabled", True):  # where it finds no GPU, it says so
+        from torch.utils import cpp_extension
     shared, cpp, cu = *sources["depthwise_kx1.cpp"].partition("// ---- end of the part shared with the .cu ----")[::2], sources["depthwise_kx1.cu"]
     with patch.dict(os.environ, PATH=path), patch.object(cpp_extension, "CUDA_HOME", cuda_home):
         cpp_extension.load_inline(name, shared + cpp, shared + cu if cuda_home else None, extra_cflags=cflags, extra_cuda_cflags=cuda_flags,
@@ -139,11 +147,8 @@ def _compile(name, folder, sources, cflags, cuda_flags, cuda_home):
 
 def _load():
     """The operators' namespace, built and loaded if this process has not got it yet."""
-    def digest(*values):
-        return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
-
     sources = _read_sources()
-    namespace = f"depthwise_kx1_{digest(sorted(sources.items()))}"
+    namespace = f"depthwise_kx1_{_digest(sorted(sources.items()))}"
     ops = getattr(torch.ops, namespace)
     if hasattr(ops, "forward"):  # another copy of this file came first
         return ops
@@ -151,22 +156,133 @@ def _load():
     cflags = ["-O3", f"-DDEPTHWISE_KX1_NAMESPACE={namespace}"] + ["-DWITH_CUDA"] * bool(cuda_home)
     cuda_flags = ["-O3", "-std=c++20", "--split-compile=0", *architectures]
     root = os.path.abspath(os.environ.get("TORCH_EXTENSIONS_DIR") or _user_cache_dir("torch_extensions"))
-    library = os.path.join(root, namespace + "_" + digest(
+    library = os.path.join(root, namespace + "_" + _digest(
         torch.__version__, torch.version.git_version, torch.version.cuda, sys.implementation.cache_tag, os.uname().machine,
         cflags, cuda_version, cuda_flags, cuda_home and os.environ.get("TORCH_CUDA_ARCH_LIST")) + ".so")
-    if not os.path.exists(library):
-        _build(library, sources=sources, cflags=cflags, cuda_flags=cuda_flags, cuda_home=cuda_home)
-    if not hasattr(ops, "forward"):  # not loaded by the build
+    if os.path.exists(library) or not _build(library, sources=sources, cflags=cflags, cuda_flags=cuda_flags, cuda_home=cuda_home):
         torch.ops.load_library(library)
     _register(ops, namespace, missing)
     return ops
 
 
 def _register(ops, namespace, missing):
-    """What is registered from Python, once per namespace: torch.vmap, and the error for CUDA tensors where there are no CUDA kernels."""
+    """The operators but for their kernels, once per namespace. Both are bilinear: every derivative is again one of the two."""
+    library = torch.library.Library(namespace, "DEF")
+    arguments = "Tensor x, Tensor weight, {}int[2] stride, int[4] padding, int dilation"
+    library.define("forward(" + arguments.format("Tensor? bias, ") + ") -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    library.define("backward(Tensor grad_output, " + arguments.format("") + ", bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+                   tags=torch.Tag.pt2_compliant_tag)
+    forward, backward = ops.forward.default, ops.backward.default
+    from torch._functorch.utils import enable_single_level_autograd_function
+
+    # Shapes, for tensors without data. Real ones are checked by the kernels.
+    def check(good, message):
+        torch._check(good, lambda: message)
+
+    def memory_format(x, weight):
+        last = any(torch._prims_common.suggest_memory_format(t) == torch.channels_last for t in (x, weight))
+        return torch.channels_last if last and not (x.is_cuda and x.dtype == torch.float64) else torch.contiguous_format
+
+    def fake_forward(x, weight, bias, stride, padding, dilation):
+        check(x.dim() == 4, f"Expected x to be 3D (C, H, W) or 4D (N, C, H, W), but got x of size: {list(x.shape)}")
+        for name, t in ("weight", weight), ("bias", x if bias is None else bias):
+            check(t.dtype == x.dtype and t.device == x.device, f"Expected x and {name} to have the same dtype and device, but got x of "
+                  f"{x.dtype} on {x.device} and {name} of {t.dtype} on {t.device}")
+        (N, C, H, W), K = x.shape, weight.shape[2]
+        check(C == weight.shape[0], f"Given weight of size {list(weight.shape)}, expected x{list(x.shape)} to have {weight.shape[0]} channels, "
+              f"but got {C} channels instead")
+        reach = (K - 1) * dilation + 1
+        H_out, W_out = (H + padding[2] + padding[3] - reach) // stride[0] + 1, (W + padding[0] + padding[1] - 1) // stride[1] + 1
+        check(H + padding[2] + padding[3] >= reach, f"Kernel size ({reach} x 1), dilated, can't be greater than padded input size {H} + {padding[2:]}")
+        return torch.empty((N, C, H_out, W_out), dtype=x.dtype, device=x.device, memory_format=memory_format(x, weight))
+
+    def fake_backward(grad_output, x, weight, stride, padding, dilation, mask):
+        return (torch.empty_like(x, memory_format=memory_format(x, weight)) if mask[0] else None,
+                torch.empty_like(weight, memory_format=torch.contiguous_format) if mask[1] else None,
+                weight.new_empty(weight.shape[:1]) if mask[2] else None)
+
+    def lower(op, *arguments):
+        """The operator below autograd. Where torch.func is nested, its levels below this one differentiate, too."""
+        with torch._C._AutoDispatchBelowAutograd():
+            if not torch._C._are_functorch_transforms_active():
+                return op(*arguments)
+            with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+                return op(*arguments)
+
+    class Forward(torch.autograd.function._SingleLevelFunction):
+        _compiled_autograd_key = torch.autograd.Function.__dict__["_compiled_autograd_key"]
+
+        @staticmethod
+        def forward(ctx, x, weight, bias, *parameters):
+            ctx.parameters = parameters
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(x, weight)
+            ctx.save_for_forward(x, weight)
+            return lower(forward, x, weight, bias, *parameters)
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            if grad_output is None:
+                return (None,) * 6
+            return *backward(grad_output, *ctx.saved_tensors, *ctx.parameters, ctx.needs_input_grad[:3]), None, None, None
+
+        @staticmethod
+        def jvp(ctx, dx, dweight, dbias, *_):
+            return change(*ctx.saved_tensors, dx, dweight, dbias, ctx.parameters)
+
+    def change(x, weight, dx, dweight, dbias, parameters):
+        """Of forward's result, when its arguments change so; None is zero."""
+        by_x = None if dx is None else forward(dx, weight, None, *parameters)
+        if dweight is None and dbias is None:
+            return by_x
+        by_weight = forward(x, torch.zeros_like(weight) if dweight is None else dweight, dbias, *parameters)
+        return by_weight if by_x is None else by_x + by_weight
+
+    class Backward(torch.autograd.function._SingleLevelFunction):
+        _compiled_autograd_key = torch.autograd.Function.__dict__["_compiled_autograd_key"]
+
+        @staticmethod
+        def forward(ctx, grad_output, x, weight, *parameters):
+            ctx.parameters = parameters
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(grad_output, x, weight)
+            ctx.save_for_forward(grad_output, x, weight)
+            return lower(backward, grad_output, x, weight, *parameters)
+
+        @staticmethod
+        def backward(ctx, dx, dweight, dbias):
+            (grad_output, x, weight), parameters, needs = ctx.saved_tensors, ctx.parameters[:3], ctx.needs_input_grad
+            return (change(x, weight, dx, dweight, dbias, parameters) if needs[0] else None,
+                    backward(grad_output, x, dweight, *parameters, (True, False, False))[0] if needs[1] and dweight is not None else None,
+                    backward(grad_output, dx, weight, *parameters, (False, True, False))[1] if needs[2] and dx is not None else None,
+                    None, None, None, None)
+
+        @staticmethod
+        def jvp(ctx, dg, dx, dweight, *_):
+            (g, x, weight), (*parameters, mask) = ctx.saved_tensors, ctx.parameters
+            changes = [None] * 3 if dg is None else list(backward(dg, x, weight, *parameters, mask))
+            for i, d, arguments in (0, dweight, (g, x, dweight)), (1, dx, (g, dx, weight)):
+                if mask[i] and d is not None:
+                    by_d = backward(*arguments, *parameters, [k == i for k in range(3)])[i]
+                    changes[i] = by_d if changes[i] is None else changes[i] + by_d
+            return tuple(changes)
+
+    def autograd(apply):
+        def kernel(*arguments):
+            with enable_single_level_autograd_function():
+                return apply(*arguments)
+        return kernel
+
+    def autocast(x, weight, bias, *parameters):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, weight, bias))
+        with torch._C._ExcludeDispatchKeyGuard(autocast_keys):
+            return forward(x, weight, bias, *parameters)
+
     def refuse(*_):
         raise RuntimeError(f"model_new was imported without CUDA kernels, because {missing}; then import it in a new process")
 
+    # torch.vmap
     def fold(x, dim, size, channels):
         """A tensor whose vmapped dimension (`size` copies if it has none) is folded into its channels."""
         x = x.expand(size, *x.shape).movedim(0, channels - 1) if dim is None else x.movedim(dim, channels - 1)
@@ -175,33 +291,36 @@ def _register(ops, namespace, missing):
     def unfold(y, size, channels):
         return (None, None) if y is None else (y.unflatten(channels, (size, y.shape[channels] // size)), y.dim() + channels)
 
-    def vmap_forward(info, dims, x, weight, bias, *rest):
+    def vmap_forward(info, dims, x, weight, bias, *parameters):
         size = info.batch_size
         if dims[1] is None and dims[2] is None:  # a larger batch will do
             x = x.movedim(dims[0], 0)
-            if x.dim() == 4:
-                return ops.forward.default(x, weight, bias, *rest), 0
-            y = ops.forward.default(x.flatten(0, 1), weight, bias, *rest)
-            return y.unflatten(0, x.shape[:2]), 0
+            return forward(x.flatten(0, 1), weight, bias, *parameters).unflatten(0, x.shape[:2]), 0
         bias = None if bias is None else fold(bias, dims[2], size, -1)
-        return unfold(ops.forward.default(fold(x, dims[0], size, -3), fold(weight, dims[1], size, -4), bias, *rest), size, -3)
+        return unfold(forward(fold(x, dims[0], size, -3), fold(weight, dims[1], size, -4), bias, *parameters), size, -3)
 
     def vmap_backward(info, dims, *arguments):
         size = info.batch_size
         folded = [fold(t, dim, size, at) for t, dim, at in zip(arguments, dims, (-3, -3, -4))]
-        grads = ops.backward.default(*folded, *arguments[3:])
+        grads = backward(*folded, *arguments[3:])
         return tuple(zip(*(unfold(t, size, at) for t, at in zip(grads, (-3, -4, -1)))))
 
-    ops._registered = torch.library.Library(namespace, "IMPL")  # lives as long as the namespace
-    ops._has_cuda = missing is None
-    for name, vmap in ("forward", vmap_forward), ("backward", vmap_backward):
-        torch.library.register_vmap(f"{namespace}::{name}", vmap, lib=ops._registered)
+    autocast_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+    for name, fake, vmap, function in ("forward", fake_forward, vmap_forward, Forward), ("backward", fake_backward, vmap_backward, Backward):
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        torch.library.register_vmap(f"{namespace}::{name}", vmap, lib=library)
+        apply = function.apply  # plain: the dispatcher comes here once for each level of torch.func
+        library.impl(name, autograd(apply), "Autograd")
         if missing:
-            ops._registered.impl(name, refuse, "CUDA")
+            library.impl(name, refuse, "CUDA")
+    for key in "AutocastCPU", "AutocastCUDA":
+        library.impl("forward", autocast, key)
+    ops._registered, ops._has_cuda, ops._apply = library, missing is None, Forward.apply  # live as long as the namespace
 
 
 _ops = _load()
 _has_cuda = _ops._has_cuda
+_PLAIN = {torch.Tensor, nn.Parameter}
 
 
 def _ints(name, value, least, length, error=RuntimeError):
@@ -213,6 +332,14 @@ def _ints(name, value, least, length, error=RuntimeError):
     if len(values) not in (1, length) or min(values) < least:
         raise error(f"expected {name} to be {expected}, but got {name}={value!r}")
     return tuple(map(operator.index, values)) * (length // len(values))
+
+
+def _ordinary(x, weight, bias):
+    """Whether a call is plain eager mode, which may skip the dispatcher's Python layers: half of the host's time."""
+    return (type(x) in _PLAIN and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
+            and not torch._C._is_any_autocast_enabled() and not torch._C._are_functorch_transforms_active()
+            and not torch._C._len_torch_dispatch_stack() and not torch._C._len_torch_function_stack()
+            and torch.autograd.forward_ad._current_level < 0 and torch._C._get_tracing_state() is None)
 
 
 class ModelNew(nn.Module):
@@ -235,8 +362,16 @@ class ModelNew(nn.Module):
         self._padding = (pads[1], pads[1], pads[0], pads[0]) if pads else tuple(self.conv2d._reversed_padding_repeated_twice)
 
     def forward(self, x):
-        conv2d = self.conv2d
-        return _ops.forward.default(x, conv2d.weight, conv2d.bias, self._stride, self._padding, self._dilation)
+        if isinstance(x, torch.Tensor) and x.dim() == 3:
+            return self(x.unsqueeze(0)).squeeze(0)
+        conv2d = self._modules["conv2d"]  # as self.conv2d, but a microsecond faster
+        weight, bias = conv2d.weight, conv2d.bias
+        if torch.compiler.is_compiling() or not _ordinary(x, weight, bias):
+            return _ops.forward.default(x, weight, bias, self._stride, self._padding, self._dilation)
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias is not None and bias.requires_grad):
+            return _ops._apply(x, weight, bias, self._stride, self._padding, self._dilation)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.forward.default(x, weight, bias, self._stride, self._padding, self._dilation)
 
 
 def _bundle():

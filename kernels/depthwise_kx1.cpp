@@ -20,20 +20,14 @@ const char* launch_backward(const Problem&, const void* grad_output, const void*
                             void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream);
 // ---- end of the part shared with the .cu ----
 
-#include <array>
-#include <mutex>
 #include <optional>
 #include <tuple>
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros_like.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/stable/c/shim.h>
-#include <torch/library.h>
+#include <ATen/EmptyTensor.h>  // of ATen only what is light: a Tensor's base class
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 #ifdef WITH_CUDA
+#include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -492,49 +486,21 @@ void cpu_backward(const Problem& p, const void* grad_output, const void* x, cons
 #undef INLINE
 
 // ---- The operators ----
-// forward and backward are ordinary dispatcher operators: CPU, CUDA and Meta kernels, autograd as PyTorch's own
-// generated code does it (both are bilinear, so every derivative is again one of the two), and autocast.
-namespace at::autocast {  // from ATen/autocast_mode.h, which would double the compile time
-TORCH_API ScalarType get_autocast_dtype(DeviceType);
-TORCH_API Tensor cached_cast(ScalarType, const Tensor&, DeviceType);
-}  // namespace at::autocast
-
+// The CPU and CUDA kernels of forward and backward. They are registered through PyTorch's stable ABI, since the headers of its
+// full one take ten seconds. Schemas and all that is not computation (autograd, autocast, vmap, fake tensors) are in model_new.py.
 namespace {
 
-using at::IntArrayRef, at::Tensor;
-using c10::DispatchKeySet, c10::SymInt;
-using torch::autograd::Node, torch::autograd::SavedVariable, torch::autograd::variable_list;
-using OptionalTensor = std::optional<Tensor>;
-using Tensors = std::tuple<Tensor, Tensor, Tensor>;
-using Mask = std::array<bool, 3>;
+using at::MemoryFormat;
+using Tensor = at::TensorBase;
+using Handle = torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
 
-#define STRING_(s) #s
-#define STRING(s) STRING_(s)
+const Tensor& tensor(const Handle& handle) { return *reinterpret_cast<const Tensor*>(handle.get()); }  // what a handle points to
 
-const auto& forward_op() {
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow(STRING(DEPTHWISE_KX1_NAMESPACE) "::forward", "")
-      .typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef, int64_t)>();
-  return op;
-}
-
-const auto& backward_op() {
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow(STRING(DEPTHWISE_KX1_NAMESPACE) "::backward", "")
-      .typed<Tensors(const Tensor&, const Tensor&, const Tensor&, IntArrayRef, IntArrayRef, int64_t, Mask)>();
-  return op;
-}
-
-// ---- Arguments ----
-
-template <class Int> c10::ArrayRef<Int> sizes(const Tensor& t) {
-  if constexpr (std::is_same_v<Int, SymInt>) return t.sym_sizes(); else return t.sizes();
-}
-
-Tensor batched(const Tensor& x) { return x.dim() == 3 ? x.unsqueeze(0) : x; }
-
-// nn.Conv2d's rule: the output is channels_last if the input or the weight is.
-at::MemoryFormat memory_format(const Tensor& batched_x, const Tensor& weight) {
-  auto last = at::MemoryFormat::ChannelsLast;
-  return batched_x.suggest_memory_format() == last || weight.suggest_memory_format() == last ? last : at::MemoryFormat::Contiguous;
+Handle handle(const Tensor& t) {
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(reinterpret_cast<AtenTensorHandle>(const_cast<Tensor*>(&t)), &made));
+  return Handle(made);
 }
 
 void check_like(const char* name, const Tensor& t, const Tensor& x) {
@@ -544,335 +510,119 @@ void check_like(const char* name, const Tensor& t, const Tensor& x) {
               " on ", t.device());
 }
 
-// Every requirement on the arguments, in one place, for plain and for symbolic sizes; returns the output's sizes (like x, batched or not).
-template <class Int>
-c10::SmallVector<Int, 4> check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                               int64_t dilation) {
-  TORCH_CHECK(x.dim() == 3 || x.dim() == 4, "Expected x to be 3D (C, H, W) or 4D (N, C, H, W), but got x of size: ", sizes<Int>(x));
+// Every requirement on the arguments, in one place; returns the kernels' view of them.
+Problem check(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntArrayRef stride, at::IntArrayRef padding, int64_t dilation) {
+  TORCH_CHECK(x.dim() == 4, "Expected x to be 3D (C, H, W) or 4D (N, C, H, W), but got x of size: ", x.sizes());
   auto type = x.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
               "Expected x to be float32, float64, float16 or bfloat16, but got x of ", type);
   TORCH_CHECK(x.layout() == at::kStrided && weight.layout() == at::kStrided, "Expected x and weight to be dense, but got x of layout ",
               x.layout(), " and weight of layout ", weight.layout());
   check_like("weight", weight, x);
-  auto w = sizes<Int>(weight);
+  auto s = x.sizes(), w = weight.sizes();
   TORCH_CHECK(weight.dim() == 4 && w[1] == 1 && w[3] == 1 && w[2] >= 1, "Expected weight of size (C, 1, K, 1), but got weight of size: ", w);
-  if (bias && bias->defined()) {
-    check_like("bias", *bias, x);
-    TORCH_CHECK(bias->dim() == 1 && sizes<Int>(*bias)[0] == w[0], "Expected bias of size [", w[0], "], but got bias of size: ", sizes<Int>(*bias));
+  if (bias.defined()) {
+    check_like("bias", bias, x);
+    TORCH_CHECK(bias.dim() == 1 && bias.size(0) == w[0], "Expected bias of size [", w[0], "], but got bias of size: ", bias.sizes());
   }
   TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "Expected stride to be two positive integers, but got stride=", stride);
   TORCH_CHECK(padding.size() == 4 && padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
               "Expected padding to be four non-negative integers (left, right, top, bottom), but got padding=", padding);
   TORCH_CHECK(dilation > 0, "Expected dilation to be positive, but got dilation=", dilation);
-
-  auto s = sizes<Int>(x);
-  size_t c = s.size() - 3;
-  TORCH_CHECK(s[c] == w[0], "Given weight of size ", w, ", expected x", s, " to have ", w[0], " channels, but got ", s[c], " channels instead");
-  TORCH_CHECK(s[c + 1] >= 1 && s[c + 2] >= 1, "Expected x", s, " to have non-empty H and W");
-  Int H = s[c + 1] + (padding[2] + padding[3]), W = s[c + 2] + (padding[0] + padding[1]), reach = (w[2] - 1) * dilation + 1;
+  TORCH_CHECK(s[1] == w[0], "Given weight of size ", w, ", expected x", s, " to have ", w[0], " channels, but got ", s[1], " channels instead");
+  TORCH_CHECK(s[2] >= 1 && s[3] >= 1, "Expected x", s, " to have non-empty H and W");
+  int64_t H = s[2] + padding[2] + padding[3], W = s[3] + padding[0] + padding[1], reach = (w[2] - 1) * dilation + 1;
   TORCH_CHECK(H >= reach, "Calculated padded input size per channel: (", H, " x ", W, "). Kernel size: (", reach, " x 1), dilated. ",
               "Kernel size can't be greater than actual input size");
-  c10::SmallVector<Int, 4> out(s.begin(), s.end());
-  out[c + 1] = (H - reach) / stride[0] + 1;
-  out[c + 2] = (W - 1) / stride[1] + 1;
-  return out;
-}
-
-template <class Int>
-void check_grad_output(const Tensor& grad_output, const Tensor& x, c10::ArrayRef<Int> expected) {
-  check_like("grad_output", grad_output, x);
-  TORCH_CHECK(sizes<Int>(grad_output) == expected, "Expected grad_output of size ", expected, ", but got grad_output of size: ", sizes<Int>(grad_output));
-}
-
-// The kernels' view of checked arguments. With one channel both layouts are the same memory: the plain one is preferred.
-Problem make_problem(const Tensor& x, const Tensor& weight, IntArrayRef out, IntArrayRef stride, IntArrayRef padding, int64_t dilation,
-                     at::MemoryFormat format) {
-  auto s = x.sizes();
-  size_t c = s.size() - 3;
-  auto type = x.scalar_type();
-  return {c ? s[0] : 1, s[c], s[c + 1], s[c + 2], out[c + 1], out[c + 2], weight.size(2), stride[0], stride[1], padding[2], padding[0], dilation,
+  // nn.Conv2d's rule: the output is channels_last if the input or the weight is; but not float64 on a GPU.
+  auto last = MemoryFormat::ChannelsLast;
+  return {s[0], s[1], s[2], s[3], (H - reach) / stride[0] + 1, (W - 1) / stride[1] + 1, w[2], stride[0], stride[1], padding[2], padding[0], dilation,
           type == at::kFloat ? Type::f32 : type == at::kDouble ? Type::f64 : type == at::kHalf ? Type::f16 : Type::bf16,
-          format == at::MemoryFormat::ChannelsLast && s[c] > 1};
+          (x.suggest_memory_format() == last || weight.suggest_memory_format() == last) && !(x.is_cuda() && type == at::kDouble)};
 }
 
-// A new tensor of these sizes in this memory format; one without a batch is a batch of one seen without it.
-template <class Int> Tensor empty(c10::ArrayRef<Int> size, const Tensor& like, at::MemoryFormat format) {
-  auto make = [&](c10::ArrayRef<Int> s) {
-    if constexpr (std::is_same_v<Int, SymInt>) return at::empty_symint(s, like.options(), format); else return at::empty(s, like.options(), format);
-  };
-  if (size.size() == 4) return make(size);
-  return make(c10::SmallVector<Int, 4>{1, size[0], size[1], size[2]}).squeeze(0);
-}
-
-// ---- Kernels: Run is what differs between CPU and CUDA ----
-
+MemoryFormat format(const Problem& p) { return p.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
+Problem plainest(Problem p) { return p.channels_last = p.channels_last && p.C > 1, p; }  // with one channel both are the same memory
 const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 void* mutable_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
-template <class Run>
-Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, int64_t dilation) {
-  auto out = check<int64_t>(x, weight, bias, stride, padding, dilation);
-  Tensor x4 = batched(x);
-  auto format = memory_format(x4, weight);
-  Tensor y = empty<int64_t>(out, x, format);
-  if (y.numel() == 0) return y;
-  auto problem = make_problem(x, weight, out, stride, padding, dilation, format);
-  x4 = x4.contiguous(format);
-  Tensor w = weight.contiguous(), b = bias && bias->defined() ? bias->contiguous() : Tensor();
-  Run(x).forward(problem, data(x4), data(w), data(b), mutable_data(y));
-  return y;
+// On is what differs between CPU and CUDA.
+template <class On>
+Handle forward(Handle x_, Handle weight_, std::optional<Handle> bias_, Ints stride, Ints padding, int64_t dilation) {
+  const Tensor &x = tensor(x_), &weight = tensor(weight_), bias = bias_ ? tensor(*bias_) : Tensor();
+  Problem p = check(x, weight, bias, stride, padding, dilation);
+  On on(x);
+  Tensor y = on.empty({p.N, p.C, p.H_out, p.W_out}, x.scalar_type(), format(p));
+  if (y.numel() == 0) return handle(y);
+  Tensor xd = x.contiguous(format(p)), w = weight.contiguous(), b = bias.defined() ? bias.contiguous() : bias;
+  on.forward(plainest(p), data(xd), data(w), data(b), mutable_data(y));
+  return handle(y);
 }
 
-template <class Run>
-Tensors backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, int64_t dilation,
-                 Mask mask) {
-  auto out = check<int64_t>(x, weight, {}, stride, padding, dilation);
-  check_grad_output<int64_t>(grad_output, x, out);
-  Tensor x4 = batched(x);
-  auto format = memory_format(x4, weight);
+template <class On>
+std::tuple<Handle, Handle, Handle> backward(Handle grad_output_, Handle x_, Handle weight_, Ints stride, Ints padding, int64_t dilation,
+                                            std::vector<bool> mask) {
+  const Tensor &grad_output = tensor(grad_output_), &x = tensor(x_), &weight = tensor(weight_);
+  Problem p = check(x, weight, {}, stride, padding, dilation);
+  int64_t out[] = {p.N, p.C, p.H_out, p.W_out};
+  check_like("grad_output", grad_output, x);
+  TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(out), "Expected grad_output of size ", at::IntArrayRef(out),
+              ", but got grad_output of size: ", grad_output.sizes());
+  On on(x);
   Tensor grad_x, grad_weight, grad_bias;
-  if (mask[0]) grad_x = empty<int64_t>(x.sizes(), x, format);
-  if (mask[1]) grad_weight = at::empty(weight.sizes(), weight.options(), weight.suggest_memory_format());
-  if (mask[2]) grad_bias = at::empty({weight.size(0)}, weight.options());
+  if (mask[0]) grad_x = on.empty(x.sizes(), x.scalar_type(), format(p));
+  if (mask[1]) grad_weight = on.empty(weight.sizes(), x.scalar_type(), MemoryFormat::Contiguous);
+  if (mask[2]) grad_bias = on.empty({p.C}, x.scalar_type(), MemoryFormat::Contiguous);
   if (grad_output.numel() == 0) {
     if (mask[1]) grad_weight.zero_();
     if (mask[2]) grad_bias.zero_();
   } else if (mask[0] || mask[1] || mask[2]) {
-    auto problem = make_problem(x, weight, out, stride, padding, dilation, format);
-    Tensor g = batched(grad_output).contiguous(format), w = mask[0] ? weight.contiguous() : Tensor();
-    x4 = mask[1] ? x4.contiguous(format) : Tensor();
-    Run(x).backward(problem, data(g), data(x4), data(w), mutable_data(grad_x), mutable_data(grad_weight), mutable_data(grad_bias));
+    Tensor g = grad_output.contiguous(format(p)), w = mask[0] ? weight.contiguous() : Tensor(), xd = mask[1] ? x.contiguous(format(p)) : Tensor();
+    on.backward(plainest(p), data(g), data(xd), data(w), mutable_data(grad_x), mutable_data(grad_weight), mutable_data(grad_bias));
   }
-  return {grad_x, grad_weight, grad_bias};
+  return {handle(grad_x), handle(grad_weight), handle(grad_bias)};
 }
 
 struct OnCPU {
   explicit OnCPU(const Tensor&) {}
+  static Tensor empty(at::IntArrayRef size, at::ScalarType type, MemoryFormat format) { return at::detail::empty_cpu(size, type, false, format); }
   static constexpr auto forward = cpu_forward;
   static constexpr auto backward = cpu_backward;
 };
 
 #ifdef WITH_CUDA
 struct OnCUDA {
-  explicit OnCUDA(const Tensor& x) : options(x.options().dtype(at::kByte)), guard(x.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
+  explicit OnCUDA(const Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
+  Tensor empty(at::IntArrayRef size, at::ScalarType type, MemoryFormat format) {
+    return at::detail::empty_cuda(size, type, guard.current_device(), format);
+  }
   void forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y) {
-    check(launch_forward(p, x, weight, bias, y, stream));
+    done(launch_forward(p, x, weight, bias, y, stream));
   }
   void backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_x, void* grad_weight, void* grad_bias) {
     const auto allocate = [](size_t bytes, void* self) {
       auto& on = *static_cast<OnCUDA*>(self);
-      on.scratch = at::empty({static_cast<int64_t>(bytes)}, on.options);
+      on.scratch = on.empty({int64_t(bytes)}, at::kByte, MemoryFormat::Contiguous);
       return on.scratch.mutable_data_ptr();
     };
-    check(launch_backward(p, grad_output, x, weight, grad_x, grad_weight, grad_bias, allocate, this, stream));
+    done(launch_backward(p, grad_output, x, weight, grad_x, grad_weight, grad_bias, allocate, this, stream));
   }
-  static void check(const char* error) { TORCH_CHECK(!error, "depthwise_kx1: ", error); }
-  at::TensorOptions options;
-  Tensor scratch;
+  static void done(const char* error) { TORCH_CHECK(!error, "depthwise_kx1: ", error); }
   c10::cuda::CUDAGuard guard;
   cudaStream_t stream;
+  Tensor scratch;
 };
 #endif
-
-Tensor forward_meta(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, int64_t dilation) {
-  auto out = check<SymInt>(x, weight, bias, stride, padding, dilation);
-  return empty<SymInt>(out, x, memory_format(batched(x), weight));
-}
-
-Tensors backward_meta(const Tensor& grad_output, const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding, int64_t dilation,
-                      Mask mask) {
-  auto out = check<SymInt>(x, weight, {}, stride, padding, dilation);
-  check_grad_output<SymInt>(grad_output, x, out);
-  Tensor grad_x, grad_weight, grad_bias;
-  if (mask[0]) grad_x = empty<SymInt>(x.sym_sizes(), x, memory_format(batched(x), weight));
-  if (mask[1]) grad_weight = at::empty_symint(weight.sym_sizes(), weight.options(), weight.suggest_memory_format());
-  if (mask[2]) grad_bias = at::empty_symint({weight.sym_size(0)}, weight.options());
-  return {grad_x, grad_weight, grad_bias};
-}
-
-Tensor forward_autocast(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                        int64_t dilation) {
-  auto device = x.device().type();
-  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet({c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA}));
-  auto type = at::autocast::get_autocast_dtype(device);
-  auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
-  return forward_op().call(cast(x), cast(weight), bias ? OptionalTensor(cast(*bias)) : bias, stride, padding, dilation);
-}
-
-// ---- Autograd ----
-
-// Nodes are held by std::shared_ptr in older versions of torch, by c10::intrusive_ptr in newer ones.
-using NodePtr = decltype(torch::autograd::Edge::function);
-
-template <class N, class Ptr = NodePtr> std::pair<N*, Ptr> make_node() {
-  if constexpr (std::is_same_v<Ptr, std::shared_ptr<Node>>) {
-    auto node = new N;
-    return {node, Ptr(node, [](auto* n) { deleteNode(n); })};
-  } else {
-    auto node = c10::make_intrusive<N>();
-    return {node.get(), node};
-  }
-}
-
-Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a.add(b); }
-
-struct Parameters {
-  std::array<int64_t, 2> stride;
-  std::array<int64_t, 4> padding;
-  int64_t dilation;
-  Parameters() = default;
-  Parameters(IntArrayRef s, IntArrayRef p, int64_t d) : dilation(d) {
-    TORCH_CHECK(s.size() == 2 && p.size() == 4, "Expected two strides and four paddings, but got stride=", s, " and padding=", p);
-    std::copy(s.begin(), s.end(), stride.begin());
-    std::copy(p.begin(), p.end(), padding.begin());
-  }
-  // forward is linear in (x) and in (weight, bias): a missing weight is zero, a missing x makes nothing.
-  Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& bias = {}) const {
-    return forward_op().call(x, weight, bias.defined() ? OptionalTensor(bias) : std::nullopt, stride, padding, dilation);
-  }
-  Tensors backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight, Mask mask) const {
-    return backward_op().call(grad_output, x, weight, stride, padding, dilation, mask);
-  }
-  // Change of forward with its arguments; undefined changes are zero.
-  Tensor forward_tangent(const Tensor& x, const Tensor& weight, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) const {
-    Tensor a = dx.defined() ? forward(dx, weight) : Tensor();
-    Tensor b = dweight.defined() || dbias.defined() ? forward(x, dweight.defined() ? dweight : at::zeros_like(weight), dbias) : Tensor();
-    return plus(a, b);
-  }
-};
-
-struct DepthwiseKx1Backward : Node {
-  SavedVariable x, weight;
-  Parameters parameters;
-  variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return variable_list(3);
-    auto [grad_x, grad_weight, grad_bias] = parameters.backward(
-        grads[0], x.unpack(), weight.unpack(), {task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2)});
-    return {grad_x, grad_weight, grad_bias};
-  }
-  void release_variables() override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    x.reset_data();
-    weight.reset_data();
-  }
-  std::string name() const override { return "DepthwiseKx1Backward"; }
-};
-
-struct DepthwiseKx1BackwardBackward : Node {
-  SavedVariable grad_output, x, weight;
-  Parameters parameters;
-  variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    Tensor g = grad_output.unpack(), x_ = x.unpack(), w = weight.unpack(), to_grad_output, to_x, to_weight;
-    if (task_should_compute_output(0)) to_grad_output = parameters.forward_tangent(x_, w, grads[0], grads[1], grads[2]);
-    if (task_should_compute_output(1) && grads[1].defined()) to_x = std::get<0>(parameters.backward(g, x_, grads[1], {true, false, false}));
-    if (task_should_compute_output(2) && grads[0].defined()) to_weight = std::get<1>(parameters.backward(g, grads[0], w, {false, true, false}));
-    return {to_grad_output, to_x, to_weight};
-  }
-  void release_variables() override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    grad_output.reset_data();
-    x.reset_data();
-    weight.reset_data();
-  }
-  std::string name() const override { return "DepthwiseKx1BackwardBackward"; }
-};
-
-Tensor tangent(const Tensor& t) { return t.defined() ? t._fw_grad(0) : Tensor(); }
-Tensor primal(const Tensor& t) { return tangent(t).defined() ? t._fw_primal(0) : t; }
-void set_tangent(const Tensor& t, const Tensor& value) {
-  if (t.defined() && value.defined()) t._set_fw_grad(value, 0, /*is_inplace_op=*/false);
-}
-
-Tensor forward_autograd(DispatchKeySet keys, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
-                        IntArrayRef padding, int64_t dilation) {
-  NodePtr history;
-  if (torch::autograd::compute_requires_grad(x, weight, bias)) {
-    auto [node, pointer] = make_node<DepthwiseKx1Backward>();
-    history = std::move(pointer);
-    node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
-    node->x = SavedVariable(x, false);
-    node->weight = SavedVariable(weight, false);
-    node->parameters = {stride, padding, dilation};
-  }
-  Tensor y = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return forward_op().redispatch(keys & c10::after_autograd_keyset, x, weight, bias, stride, padding, dilation);
-  }();
-  if (history) torch::autograd::set_history(y, history);
-
-  Tensor dx = tangent(x), dweight = tangent(weight), dbias = bias ? tangent(*bias) : Tensor();
-  if (dx.defined() || dweight.defined() || dbias.defined())
-    set_tangent(y, Parameters(stride, padding, dilation).forward_tangent(primal(x), primal(weight), dx, dweight, dbias));
-  return y;
-}
-
-Tensors backward_autograd(DispatchKeySet keys, const Tensor& grad_output, const Tensor& x, const Tensor& weight, IntArrayRef stride,
-                          IntArrayRef padding, int64_t dilation, Mask mask) {
-  NodePtr history;
-  if (torch::autograd::compute_requires_grad(grad_output, x, weight)) {
-    auto [node, pointer] = make_node<DepthwiseKx1BackwardBackward>();
-    history = std::move(pointer);
-    node->set_next_edges(torch::autograd::collect_next_edges(grad_output, x, weight));
-    node->grad_output = SavedVariable(grad_output, false);
-    node->x = SavedVariable(x, false);
-    node->weight = SavedVariable(weight, false);
-    node->parameters = {stride, padding, dilation};
-  }
-  auto [grad_x, grad_weight, grad_bias] = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return backward_op().redispatch(keys & c10::after_autograd_keyset, grad_output, x, weight, stride, padding, dilation, mask);
-  }();
-  if (history)
-    for (const Tensor& t : {grad_x, grad_weight, grad_bias}) torch::autograd::set_history(t, history);
-
-  Tensor dg = tangent(grad_output), dx = tangent(x), dweight = tangent(weight);
-  if (dg.defined() || dx.defined() || dweight.defined()) {
-    Parameters parameters(stride, padding, dilation);
-    Tensor g = primal(grad_output), x_ = primal(x), w = primal(weight), from_weight, from_x;
-    Tensors from_g;
-    if (dg.defined()) from_g = parameters.backward(dg, x_, w, mask);
-    if (dweight.defined() && mask[0]) from_weight = std::get<0>(parameters.backward(g, x_, dweight, {true, false, false}));
-    if (dx.defined() && mask[1]) from_x = std::get<1>(parameters.backward(g, dx, w, {false, true, false}));
-    set_tangent(grad_x, plus(std::get<0>(from_g), from_weight));
-    set_tangent(grad_weight, plus(std::get<1>(from_g), from_x));
-    set_tangent(grad_bias, std::get<2>(from_g));
-  }
-  return {grad_x, grad_weight, grad_bias};
-}
-
-// ---- Registration ----
-
-#define LIBRARY(name, m) TORCH_LIBRARY(name, m)  // these two expand the name
-#define KERNELS(name, key, m) TORCH_LIBRARY_IMPL(name, key, m)
-
-LIBRARY(DEPTHWISE_KX1_NAMESPACE, m) {
-  m.def("forward(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, int dilation) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
-  m.def("backward(Tensor grad_output, Tensor x, Tensor weight, int[2] stride, int[4] padding, int dilation, bool[3] output_mask)"
-        " -> (Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
-}
-KERNELS(DEPTHWISE_KX1_NAMESPACE, CPU, m) {
-  m.impl("forward", forward<OnCPU>);
-  m.impl("backward", backward<OnCPU>);
-}
-#ifdef WITH_CUDA
-KERNELS(DEPTHWISE_KX1_NAMESPACE, CUDA, m) {
-  m.impl("forward", forward<OnCUDA>);
-  m.impl("backward", backward<OnCUDA>);
-}
-#endif
-KERNELS(DEPTHWISE_KX1_NAMESPACE, Meta, m) {
-  m.impl("forward", forward_meta);
-  m.impl("backward", backward_meta);
-}
-KERNELS(DEPTHWISE_KX1_NAMESPACE, Autograd, m) {
-  m.impl("forward", forward_autograd);
-  m.impl("backward", backward_autograd);
-}
-KERNELS(DEPTHWISE_KX1_NAMESPACE, AutocastCPU, m) { m.impl("forward", forward_autocast); }
-KERNELS(DEPTHWISE_KX1_NAMESPACE, AutocastCUDA, m) { m.impl("forward", forward_autocast); }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(DEPTHWISE_KX1_NAMESPACE, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward<OnCPU>));
+  m.impl("backward", TORCH_BOX(&backward<OnCPU>));
+}
+#ifdef WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(DEPTHWISE_KX1_NAMESPACE, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&forward<OnCUDA>));
+  m.impl("backward", TORCH_BOX(&backward<OnCUDA>));
+}
+#endif
