@@ -224,7 +224,9 @@ def _register(ops, namespace, missing):
         def backward(ctx, grad_output):
             if grad_output is None:
                 return (None,) * 6
-            return *backward(grad_output, *ctx.saved_tensors, *ctx.parameters, ctx.needs_input_grad[:3]), None, None, None
+            again = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()  # to be differentiated itself
+            arguments = grad_output, *ctx.saved_tensors, *ctx.parameters, ctx.needs_input_grad[:3]
+            return *(backward(*arguments) if again else lower(backward, *arguments)), None, None, None
 
         @staticmethod
         def jvp(ctx, dx, dweight, dbias, *_):
