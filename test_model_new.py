@@ -545,7 +545,7 @@ def test_missing_compiler_or_ninja():
     """The import says which of the two is not on the PATH."""
     with temporary_folder() as folder:
         for missing in "ninja", "c++":
-            done = python("import sys; sys.executable = ''; import model_new", check=False, PATH=str(folder),
+            done = python("import sys; sys.executable = ''; import model_new", check=False, PATH=str(folder), CXX="c++",
                           TORCH_EXTENSIONS_DIR=str(folder / "built"))
             assert done.returncode and missing in done.stderr.splitlines()[-1], done.stderr
             (folder / missing).symlink_to(shutil.which(missing))  # the next finds this one

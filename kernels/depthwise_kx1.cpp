@@ -21,6 +21,7 @@ const char* launch_backward(const Problem&, const void* grad_output, const void*
 // ---- end of the part shared with the .cu ----
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include <ATen/EmptyTensor.h>  // of ATen only what is light: a Tensor's base class
@@ -377,24 +378,34 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         }
         if (!in_place) unpack(v, image_out, tile, out, a, e, init);
       }
-      if (j.want_weight) correlate(sums, ns, in, i0, i1, rows(j.vout, j.x, o0, o1, buffer_x), o0, o1, pad, S, D, K, slots);
+      auto flush = [&](int64_t k) {  // sums of k and on, before they grow so long that float loses digits
+        for (; k <= K; k++) {
+          for (int64_t q = 0; q < j.nq; q++)
+            for (int64_t l = 0; l < lanes; l++) total[k * j.lanes + l] += sums[k * ns + q * lanes + l];
+          std::fill(sums + k * ns, sums + (k + 1) * ns, R(0));
+        }
+      };
+      if (j.want_weight) {
+        Rows<const R> x = rows(j.vout, j.x, o0, o1, buffer_x);
+        for (int64_t o = o0, next; o < o1; o = next) {
+          if (o > o0) flush(0);
+          next = std::min(o + 128, o1);
+          correlate(sums, ns, in, i0, i1, Rows<const R>{x.data + (o - o0) * x.stride, x.stride}, o, next, pad, S, D, K, slots);
+        }
+      }
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
-        for (int64_t h = p.H_out * b / j.bands; h < p.H_out * (b + 1) / j.bands; h++)
+        for (int64_t h = p.H_out * b / j.bands; h < p.H_out * (b + 1) / j.bands; h++) {
+          if (h % 64 == 0) flush(K);
           for (int64_t w = w0, m; w < w1; w += m) {
             m = std::min(j.nq, w1 - w);
             pack(j.vgrad, (const T*)j.in + image(j.vgrad), Tile{h, 1, w, m, lanes, present}, Rows<R>{buffer_in, ns}, false);
             for (int64_t s = 0; s < m * lanes; s++) sums[K * ns + s] += buffer_in[s];
           }
+        }
       }
       rows_summed += o1 - o0;
-      if ((j.want_weight || j.want_bias) && (rows_summed >= 1024 || u + 1 == u1)) {
-        for (int64_t k = 0; k <= K; k++)
-          for (int64_t q = 0; q < j.nq; q++)
-            for (int64_t l = 0; l < lanes; l++) total[k * j.lanes + l] += sums[k * ns + q * lanes + l];
-        std::fill(sums, sums + (K + 1) * ns, R(0));
-        rows_summed = 0;
-      }
+      if ((j.want_weight || j.want_bias) && (rows_summed >= 128 || u + 1 == u1)) flush(0), rows_summed = 0;
     }
   }
 }
@@ -503,36 +514,49 @@ Handle handle(const Tensor& t) {
   return Handle(made);
 }
 
+// Messages are put together without iostreams, which crash in a library that a compiler has linked with a static libstdc++.
+std::string text(const char* s) { return s; }
+std::string text(const std::string& s) { return s; }
+std::string text(int64_t i) { return std::to_string(i); }
+std::string text(at::ScalarType t) { return c10::toString(t); }
+std::string text(at::IntArrayRef sizes) {
+  std::string s = "[";
+  for (int64_t i : sizes) s += (s.size() > 1 ? ", " : "") + std::to_string(i);
+  return s + "]";
+}
+template <class... Parts> void require(bool good, const Parts&... parts) {
+  if (!good) TORCH_CHECK(false, (text(parts) + ...));
+}
+
 void check_like(const char* name, const Tensor& t, const Tensor& x) {
-  TORCH_CHECK(t.scalar_type() == x.scalar_type(), "Expected x and ", name, " to have the same dtype, but got x of ", x.scalar_type(),
+  require(t.scalar_type() == x.scalar_type(), "Expected x and ", name, " to have the same dtype, but got x of ", x.scalar_type(),
               " and ", name, " of ", t.scalar_type());
-  TORCH_CHECK(t.device() == x.device(), "Expected x and ", name, " to be on the same device, but got x on ", x.device(), " and ", name,
-              " on ", t.device());
+  require(t.device() == x.device(), "Expected x and ", name, " to be on the same device, but got x on ", x.device().str(), " and ", name,
+              " on ", t.device().str());
 }
 
 // Every requirement on the arguments, in one place; returns the kernels' view of them.
 Problem check(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntArrayRef stride, at::IntArrayRef padding, int64_t dilation) {
-  TORCH_CHECK(x.dim() == 4, "Expected x to be 3D (C, H, W) or 4D (N, C, H, W), but got x of size: ", x.sizes());
+  require(x.dim() == 4, "Expected x to be 3D (C, H, W) or 4D (N, C, H, W), but got x of size: ", x.sizes());
   auto type = x.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
+  require(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
               "Expected x to be float32, float64, float16 or bfloat16, but got x of ", type);
-  TORCH_CHECK(x.layout() == at::kStrided && weight.layout() == at::kStrided, "Expected x and weight to be dense, but got x of layout ",
-              x.layout(), " and weight of layout ", weight.layout());
+  require(x.layout() == at::kStrided && weight.layout() == at::kStrided, "Expected x and weight to be dense, but one is sparse");
   check_like("weight", weight, x);
   auto s = x.sizes(), w = weight.sizes();
-  TORCH_CHECK(weight.dim() == 4 && w[1] == 1 && w[3] == 1 && w[2] >= 1, "Expected weight of size (C, 1, K, 1), but got weight of size: ", w);
+  require(weight.dim() == 4 && w[1] == 1 && w[3] == 1 && w[2] >= 1, "Expected weight of size (C, 1, K, 1), but got weight of size: ", w);
   if (bias.defined()) {
     check_like("bias", bias, x);
-    TORCH_CHECK(bias.dim() == 1 && bias.size(0) == w[0], "Expected bias of size [", w[0], "], but got bias of size: ", bias.sizes());
+    require(bias.dim() == 1 && bias.size(0) == w[0], "Expected bias of size [", w[0], "], but got bias of size: ", bias.sizes());
   }
-  TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "Expected stride to be two positive integers, but got stride=", stride);
-  TORCH_CHECK(padding.size() == 4 && padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
-              "Expected padding to be four non-negative integers (left, right, top, bottom), but got padding=", padding);
-  TORCH_CHECK(dilation > 0, "Expected dilation to be positive, but got dilation=", dilation);
-  TORCH_CHECK(s[1] == w[0], "Given weight of size ", w, ", expected x", s, " to have ", w[0], " channels, but got ", s[1], " channels instead");
-  TORCH_CHECK(s[2] >= 1 && s[3] >= 1, "Expected x", s, " to have non-empty H and W");
+  require(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "Expected stride to be two positive integers, but got stride=", at::IntArrayRef(stride));
+  require(padding.size() == 4 && padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
+              "Expected padding to be four non-negative integers (left, right, top, bottom), but got padding=", at::IntArrayRef(padding));
+  require(dilation > 0, "Expected dilation to be positive, but got dilation=", dilation);
+  require(s[1] == w[0], "Given weight of size ", w, ", expected x", s, " to have ", w[0], " channels, but got ", s[1], " channels instead");
+  require(s[2] >= 1 && s[3] >= 1, "Expected x", s, " to have non-empty H and W");
   int64_t H = s[2] + padding[2] + padding[3], W = s[3] + padding[0] + padding[1], reach = (w[2] - 1) * dilation + 1;
-  TORCH_CHECK(H >= reach, "Calculated padded input size per channel: (", H, " x ", W, "). Kernel size: (", reach, " x 1), dilated. ",
+  require(H >= reach, "Calculated padded input size per channel: (", H, " x ", W, "). Kernel size: (", reach, " x 1), dilated. ",
               "Kernel size can't be greater than actual input size");
   // nn.Conv2d's rule: the output is channels_last if the input or the weight is; but not float64 on a GPU.
   auto last = MemoryFormat::ChannelsLast;
@@ -566,7 +590,7 @@ std::tuple<Handle, Handle, Handle> backward(Handle grad_output_, Handle x_, Hand
   Problem p = check(x, weight, {}, stride, padding, dilation);
   int64_t out[] = {p.N, p.C, p.H_out, p.W_out};
   check_like("grad_output", grad_output, x);
-  TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(out), "Expected grad_output of size ", at::IntArrayRef(out),
+  require(grad_output.sizes() == at::IntArrayRef(out), "Expected grad_output of size ", at::IntArrayRef(out),
               ", but got grad_output of size: ", grad_output.sizes());
   On on(x);
   Tensor grad_x, grad_weight, grad_bias;
@@ -607,7 +631,7 @@ struct OnCUDA {
     };
     done(launch_backward(p, grad_output, x, weight, grad_x, grad_weight, grad_bias, allocate, this, stream));
   }
-  static void done(const char* error) { TORCH_CHECK(!error, "depthwise_kx1: ", error); }
+  static void done(const char* error) { require(!error, "depthwise_kx1: ", error ? error : ""); }
   c10::cuda::CUDAGuard guard;
   cudaStream_t stream;
   Tensor scratch;
