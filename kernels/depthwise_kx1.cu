@@ -296,6 +296,7 @@ int attribute(cudaDeviceAttr which) {
 // One launch of `walk`: a, with blocks of `threads` that use `shared` bytes; `partial` numbers of scratch.
 struct Plan {
   Walk a;
+  bool fits;  // in the kernels' 32-bit indices of planes, rows and columns
   int threads;
   size_t shared, partial;
 };
@@ -323,7 +324,9 @@ template <class T, int V, int R> Plan plan(const Problem& p, bool gradient, bool
   const int64_t groups_per_residue = ceil_div(ceil_div(rows, out_step), R), groups = std::min(out_step, rows) * groups_per_residue;
   a.groups_per_residue = groups_per_residue, a.groups = groups;
   a.plane_step = gradient && !p.channels_last ? p.C : 1;
-  a.lines = planes / a.plane_step * groups;
+  const int64_t lines = planes / a.plane_step * groups, widest = std::max(p.W, p.W_out) * a.pixel.divisor * std::max(in_step, out_step);
+  a.lines = lines;
+  plan.fits = std::max({lines, p.H + 2 * p.padding_h, planes}) < 1 << 30 && widest * (R + 8) < 1ll << 32 && std::max(p.W, p.W_out) * a.pixel.divisor < 1 << 30;
 
   while (a.log2_tx < 5 && (1 << a.log2_tx) < vectors) ++a.log2_tx;
   const bool staged = p.channels_last && has_weight;
@@ -358,6 +361,7 @@ const char* check(cudaError_t error) { return error == cudaSuccess ? nullptr : c
 template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient>
 const char* launch(const Plan& plan, const T* in, const T* x, const T* weight, const T* bias, T* out, void* partial, cudaStream_t stream) {
   const auto kernel = walk<T, V, R, M, ChannelsLast, Gradient>;
+  if (!plan.fits) return "more than 2^30 planes or rows, or rows too wide, for 32-bit indices";
   if (plan.shared > 48 << 10)
     if (const char* error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)))) return error;
   kernel<<<plan.a.slices.divisor * plan.a.splits, plan.threads, plan.shared, stream>>>(plan.a, in, x, weight, bias, out, static_cast<Sum<T>*>(partial));
