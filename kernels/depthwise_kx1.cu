@@ -399,7 +399,7 @@ template <bool Gradient, class F> auto choose(const Problem& p, std::initializer
     case Type::f32: return shape.template operator()<float, 4>();
     case Type::f16: return shape.template operator()<__half, 8>();
     case Type::bf16: return shape.template operator()<__nv_bfloat16, 8>();
-    default: return layout.template operator()<double, 1, 8, 7>();
+    default: return f.template operator()<double, 1, 8, 7, false>();  // never channels_last here, as in nn.Conv2d
   }
 }
 }  // namespace
