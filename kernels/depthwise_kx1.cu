@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <numeric>
 #include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -286,11 +287,21 @@ __global__ void reduce(const Walk a, const Sum<T>* __restrict__ partial, T* __re
   }
 }
 
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, which, device);
-  return value;
+struct Device { int multiprocessors, shared_bytes; };
+const Device& current_device() {  // asked of the driver once: it takes microseconds to answer
+  static const std::vector<Device> devices = [] {
+    int count = 0;
+    cudaGetDeviceCount(&count);
+    std::vector<Device> all(count);
+    for (int i = 0; i < count; ++i) {
+      cudaDeviceGetAttribute(&all[i].multiprocessors, cudaDevAttrMultiProcessorCount, i);
+      cudaDeviceGetAttribute(&all[i].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, i);
+    }
+    return all;
+  }();
+  int current = 0;
+  cudaGetDevice(&current);
+  return devices[current];
 }
 
 // One launch of `walk`: a, with blocks of `threads` that use `shared` bytes; `partial` numbers of scratch.
@@ -319,7 +330,7 @@ template <class T, int V, int R> Plan plan(const Problem& p, bool gradient, bool
   a.in_step = in_step, a.out_step = out_step, a.taps_step = s / g;
   a.in_columns = a.in_width * a.pixel.divisor, a.in_plane = int64_t(a.in_columns) * a.in_rows;
   a.out_columns = a.out_width * a.pixel.divisor, a.out_plane = int64_t(a.out_columns) * a.out_rows;
-  const int64_t rows = row_end - a.row_begin, most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t rows = row_end - a.row_begin, most = current_device().shared_bytes;
   const int64_t vectors = (a.pixel_end - a.pixel_begin) * a.pixel.divisor / V, planes = p.channels_last ? p.N : p.N * p.C;
   const int64_t groups_per_residue = ceil_div(ceil_div(rows, out_step), R), groups = std::min(out_step, rows) * groups_per_residue;
   a.groups_per_residue = groups_per_residue, a.groups = groups;
@@ -341,7 +352,7 @@ template <class T, int V, int R> Plan plan(const Problem& p, bool gradient, bool
   const int64_t column_tiles = ceil_div(vectors, 1 << a.log2_tx), slices = column_tiles * a.plane_step;
   a.column_tiles = column_tiles, a.slices = slices;
   const int64_t tiles = ceil_div(a.lines, plan.threads >> a.log2_tx);
-  const int64_t wanted = int64_t(p.channels_last ? 3 : gradient ? 16 : 128) * attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t wanted = int64_t(p.channels_last ? 3 : gradient ? 16 : 128) * current_device().multiprocessors;
   a.splits = ceil_div(tiles, std::max<int64_t>(1, ceil_div(tiles * slices, wanted)));
   plan.partial = !gradient ? 0 : slices * a.splits * (a.dot_end + 1) * (p.channels_last ? std::min<int64_t>(p.C, V << a.log2_tx) : 1);
   return plan;
