@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
   if (Gradient && partial) {  // over the threads that share a channel, in fixed order
     __syncthreads();
     const int channels = ChannelsLast ? int(min(a.p.C, int64_t(tx * V))) : 1;
-    partial += (slice * a.splits + split) * (dots + 1) * channels;
+    partial += (int64_t(slice) * a.splits + split) * (dots + 1) * channels;
     if (ChannelsLast) {
       for (int i = threadIdx.x; i < (dots + 1) * channels; i += blockDim.x) {
         Sum<T> sum = 0;
