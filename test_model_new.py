@@ -716,6 +716,8 @@ def func_transforms(device):
             lambda p, x: functional_call(m, p, (x,)).square().sum()), (None, 0))(one, x),
         "gradient a model": lambda m: vmap(torch.func.grad(
             lambda p, x: functional_call(m, p, (x,)).square().sum()))(many, x),
+        "hessian": lambda m: torch.func.hessian(lambda x: m(x).pow(3).sum())(x[0, :1]),
+        "jacfwd of grad": lambda m: torch.func.jacfwd(torch.func.grad(lambda x: m(x).pow(3).sum()))(x[0, :1]),
     }.items():
         print(name)
         same(transform(ours), transform(theirs), tolerance=1e-10)
