@@ -209,15 +209,19 @@ def _register(ops, namespace, missing):
             with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
                 return op(*arguments)
 
+    def keep(ctx, tensors, parameters):
+        ctx.parameters = parameters
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    # Single-level: torch.autograd.Function would ask torch.func again, but the dispatcher comes here once for each of its levels.
     class Forward(torch.autograd.function._SingleLevelFunction):
-        _compiled_autograd_key = torch.autograd.Function.__dict__["_compiled_autograd_key"]
+        _compiled_autograd_key = torch.autograd.Function.__dict__["_compiled_autograd_key"]  # all that is missed of Function
 
         @staticmethod
         def forward(ctx, x, weight, bias, *parameters):
-            ctx.parameters = parameters
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(x, weight)
-            ctx.save_for_forward(x, weight)
+            keep(ctx, (x, weight), parameters)
             return lower(forward, x, weight, bias, *parameters)
 
         @staticmethod
@@ -241,14 +245,11 @@ def _register(ops, namespace, missing):
         return by_weight if by_x is None else by_x + by_weight
 
     class Backward(torch.autograd.function._SingleLevelFunction):
-        _compiled_autograd_key = torch.autograd.Function.__dict__["_compiled_autograd_key"]
+        _compiled_autograd_key = Forward._compiled_autograd_key
 
         @staticmethod
         def forward(ctx, grad_output, x, weight, *parameters):
-            ctx.parameters = parameters
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(grad_output, x, weight)
-            ctx.save_for_forward(grad_output, x, weight)
+            keep(ctx, (grad_output, x, weight), parameters)
             return lower(backward, grad_output, x, weight, *parameters)
 
         @staticmethod
@@ -311,8 +312,7 @@ def _register(ops, namespace, missing):
     for name, fake, vmap, function in ("forward", fake_forward, vmap_forward, Forward), ("backward", fake_backward, vmap_backward, Backward):
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
         torch.library.register_vmap(f"{namespace}::{name}", vmap, lib=library)
-        apply = function.apply  # plain: the dispatcher comes here once for each level of torch.func
-        library.impl(name, autograd(apply), "Autograd")
+        library.impl(name, autograd(function.apply), "Autograd")
         if missing:
             library.impl(name, refuse, "CUDA")
     for key in "AutocastCPU", "AutocastCUDA":
