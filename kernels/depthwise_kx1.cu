@@ -307,6 +307,18 @@ const Device& current_device() {  // asked of the driver once: it takes microsec
   return devices[current];
 }
 
+// Blocks for each of `slices`, to which its `tiles` are dealt: so many that whole waves of blocks that run at once take the fewest
+// tiles one after the other; to begin and end a block takes as long as `extra` tiles.
+int deal(int64_t slices, int64_t tiles, int64_t blocks_per_multiprocessor, int64_t extra) {
+  const int64_t at_once = std::max<int64_t>(blocks_per_multiprocessor, 1) * current_device().multiprocessors;
+  int best = 1;
+  for (int64_t splits = 1, least = INT64_MAX; splits <= std::min(tiles, ceil_div(8 * at_once, slices)); ++splits) {
+    const int64_t cost = ceil_div(slices * splits, at_once) * (ceil_div(tiles, splits) + extra);
+    if (cost < least) least = cost, best = splits;
+  }
+  return best;
+}
+
 // One launch of `walk`: a, with blocks of `threads` that use `shared` bytes; `partial` numbers of scratch.
 struct Plan {
   Walk a;
@@ -355,17 +367,11 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan p
   const int64_t column_tiles = ceil_div(vectors, 1 << a.log2_tx), slices = column_tiles * a.plane_step;
   a.column_tiles = column_tiles, a.slices = slices;
   const int64_t tiles = ceil_div(a.lines, plan.threads >> a.log2_tx);
-  // Blocks for a slice: so many that whole waves of blocks that run at once take the fewest tiles one after the other (to begin
-  // and end a gradient's block takes as long as four); where blocks cost nothing, so many that they even out.
-  if (!ChannelsLast && !Gradient) a.splits = ceil_div(tiles, ceil_div(tiles * slices, 128 * current_device().multiprocessors));
+  if (!ChannelsLast && !Gradient) a.splits = ceil_div(tiles, ceil_div(tiles * slices, 128 * current_device().multiprocessors));  // these blocks cost nothing
   else {
     int resident = 1;
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, walk<T, V, R, M, ChannelsLast, Gradient>, plan.threads, plan.shared);
-    const int64_t at_once = int64_t(std::max(resident, 1)) * current_device().multiprocessors;
-    for (int64_t splits = 1, least = INT64_MAX; splits <= std::min(tiles, ceil_div(8 * at_once, slices)); ++splits) {
-      const int64_t cost = ceil_div(slices * splits, at_once) * (ceil_div(tiles, splits) + (Gradient ? 4 : 0));
-      if (cost < least) least = cost, a.splits = splits;
-    }
+    a.splits = deal(slices, tiles, resident, Gradient ? 4 : 0);
   }
   plan.partial = !Gradient ? 0 : slices * a.splits * (a.dot_end + 1) * (p.channels_last ? std::min<int64_t>(p.C, V << a.log2_tx) : 1);
   return plan;
@@ -446,18 +452,25 @@ template <class T> const char* walk_backward(const Problem& p, const void* grad_
 const char* launch_forward_16(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream);
 const char* launch_backward_16(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
                                void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream);
+bool bulk_forward(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error);
+bool bulk_backward(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
+                   void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error);
 bool toeplitz_forward(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error);
 bool toeplitz_backward(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
                        void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error);
 // ---- end of what is compiled with each of the following parts, side by side ----
 
 const char* launch_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
+  const char* error;
+  if (bulk_forward(p, x, weight, bias, y, stream, error)) return error;
   const auto launch = p.type == Type::f32 ? walk_forward<float> : p.type == Type::f64 ? walk_forward<double> : launch_forward_16;
   return launch(p, x, weight, bias, y, stream);
 }
 
 const char* launch_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
                             void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
+  const char* error;
+  if (bulk_backward(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error)) return error;
   const auto launch = p.type == Type::f32 ? walk_backward<float> : p.type == Type::f64 ? walk_backward<double> : launch_backward_16;
   return launch(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
 }
@@ -1086,4 +1099,328 @@ bool toeplitz_backward(const Problem& p, const void* grad_output, const void* x,
   };
   error = p.type == Type::f16 ? launch.template operator()<__half>() : launch.template operator()<__nv_bfloat16>();
   return true;
+}
+// ---- end of the part for tensor cores ----
+namespace {
+// Copies by the bulk copy engine (compute capability 9.0), between places that are alike modulo 16 bytes. Loads count on a barrier in
+// shared memory, on which all threads then wait for its phase.
+__device__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+__device__ void begin_barrier(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+__device__ void arrive(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+__device__ void await(uint64_t* barrier, uint32_t phase) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
+#endif
+}
+__device__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+#endif
+}
+__device__ void bulk_store(void* to, const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#endif
+}
+__device__ void await_stores_read() {  // their shared memory is free again
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
+__device__ void show_to_copy_engine() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+constexpr int bulk_threads = 256, bulk_slots = 2;
+constexpr int bulk_blocks(bool gradient) { return gradient ? 3 : 4; }  // of a multiprocessor, by registers
+
+// A stretch of memory that a block works on: a band of rows of a plane, or whole planes of neighbouring channels.
+struct Chunk {
+  int64_t out_at;
+  int in_row, in_rows, out_rows;         // of a plane: rows of in, the first by its distance from the row that tap 0 takes to the first of out
+  int bias_row, bias_rows;               // of in, that the chunk adds to the gradient of the bias
+  int in_skipped, out_skipped, out_numbers;  // numbers before them in shared memory, modulo 16 bytes
+};
+
+struct Bulk {
+  int K, C;
+  bool reversed, has_dots, has_bias_sum;
+  int in_rows, in_width, out_rows, out_width;
+  int64_t in_plane, out_plane, in_numbers, out_numbers;  // of a plane, and of all
+  int row_shift, column_shift;           // row and column of in that tap 0 takes to row and column 0 of out
+  int planes, log2_tx;                   // of a chunk, more than one if it holds them whole; threads for each
+  int band_rows, chunks, splits;         // rows of out in a chunk; chunks of a slice, dealt to `splits` blocks
+  Divisor slices, bands, columns;        // slices: of `planes` channels; bands of a plane; columns of out
+  int items;                             // groups of R rows of a column, of a plane in a chunk
+  int sums_at, slots_at, out_at, slot_bytes;  // in shared memory
+};
+
+// Starts to copy n numbers to the same place modulo 16 bytes; the last few of a tensor, short of 16 bytes, directly.
+template <class T> __device__ void load_numbers(T* to, const T* from, int skipped, int n, const T* end, uint64_t* barrier) {
+  constexpr int granule = 16 / sizeof(T);
+  from -= skipped, n += skipped;
+  int whole = n / granule * granule;
+  if (n > whole && from + whole + granule <= end) whole += granule;
+#pragma unroll 1
+  for (; n > whole; --n) to[n - 1] = from[n - 1];
+  if (whole) bulk_load(to, from, whole * sizeof(T), barrier);
+}
+
+// For contiguous planes at stride and dilation 1 whose rows do not line up with 16 bytes or are short: rows that follow one another are
+// one stretch of memory, which is copied to and from shared memory 16 bytes at a time whatever the rows' width. Forward: out is y, in
+// is x. Transposed (input gradient): out is grad_input, in is grad_output, taps are reversed. Reads in (and x if Gradient) once but for
+// rows that two bands share, writes out once, and a block's sums of x * grad_output for each tap and of grad_output (`partial`).
+// While a block works on a chunk, the next is under way. A thread makes R rows of a column of its plane at once, by M taps at a time.
+// Registers: R sums, R + M - 1 rows of in, R of x, M weight gradients. Shared memory: the taps, weight gradients beyond M, and slots of a
+// stretch of in and one of out, where x lies before.
+template <class T, int R, int M, bool Gradient>
+__global__ void __launch_bounds__(bulk_threads, bulk_blocks(Gradient))
+bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
+     T* __restrict__ out, float* __restrict__ partial) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ uint64_t barriers[bulk_slots];
+  __shared__ Chunk described[bulk_slots];
+  float* const taps = reinterpret_cast<float*>(shared);
+  float* const sums = reinterpret_cast<float*>(shared + a.sums_at) + threadIdx.x;
+  const int tx = 1 << a.log2_tx, lane = threadIdx.x & (tx - 1), plane = threadIdx.x >> a.log2_tx, K = a.K;
+  const bool manages = threadIdx.x / 32 == bulk_threads / 32 - 1, leads = threadIdx.x == bulk_threads - 32;
+  int slice;
+  const int split = a.slices(blockIdx.x, slice), first_channel = slice * a.planes, planes = min(a.planes, a.C - first_channel);
+  const float initial = !Gradient && bias && plane < planes ? widen(bias[first_channel + plane]) : 0;
+
+  const auto load_chunk = [&](int turn) {
+    const int index = split + turn * a.splits, slot = turn % bulk_slots;
+    if (index >= a.chunks) return;
+    int band;
+    const int64_t first_plane = int64_t(a.bands(index, band)) * a.C + first_channel;
+    const int row = band * a.band_rows, end = min(row + a.band_rows, a.out_rows), in_first = row + a.row_shift;
+    const int in_begin = max(in_first, 0), in_end = max(min(end + a.row_shift + K - 1, a.in_rows), in_begin);
+    const int64_t in_at = first_plane * a.in_plane + int64_t(in_begin) * a.in_width;
+    Chunk k;
+    k.out_at = first_plane * a.out_plane + int64_t(row) * a.out_width;
+    k.in_row = in_begin - in_first, k.in_rows = in_end - in_begin, k.out_rows = end - row;
+    k.bias_row = row ? max(in_first + K - 1 - in_begin, 0) : 0, k.bias_rows = k.in_rows - k.bias_row;
+    k.out_numbers = (planes - 1) * int(a.out_plane) + k.out_rows * a.out_width;
+    const auto skipped = [](const T* at) { return int(reinterpret_cast<uintptr_t>(at) % 16 / sizeof(T)); };
+    k.in_skipped = skipped(in + in_at), k.out_skipped = skipped((Gradient && a.has_dots ? x : out) + k.out_at);
+    described[slot] = k;
+    unsigned char* const to = shared + a.slots_at + slot * a.slot_bytes;
+    if (k.in_rows) load_numbers(reinterpret_cast<T*>(to), in + in_at, k.in_skipped, (planes - 1) * int(a.in_plane) + k.in_rows * a.in_width, in + a.in_numbers, barriers + slot);
+    if (Gradient && a.has_dots) load_numbers(reinterpret_cast<T*>(to + a.out_at), x + k.out_at, k.out_skipped, k.out_numbers, x + a.out_numbers, barriers + slot);
+    arrive(barriers + slot);
+  };
+
+  if (threadIdx.x < bulk_slots) begin_barrier(barriers + threadIdx.x);
+  for (int i = threadIdx.x; i < planes * K; i += bulk_threads) taps[i] = weight ? widen(weight[int64_t(first_channel) * K + (a.reversed ? i / K * K + K - 1 - i % K : i)]) : 0;
+  if (Gradient)
+    for (int i = M; i < K; ++i) sums[(i - M) * bulk_threads] = 0;
+  float dots[M] = {}, bias_sum = 0;
+  __syncthreads();
+  for (int turn = 1 - bulk_slots; split + turn * a.splits < a.chunks; ++turn) {
+    if (leads) {
+      await_stores_read();
+      load_chunk(turn + bulk_slots - 1);
+    }
+    if (turn < 0) continue;
+    const int slot = turn % bulk_slots;
+    await(barriers + slot, turn / bulk_slots % 2);
+    const Chunk& k = described[slot];
+    const T* const in_slot = reinterpret_cast<const T*>(shared + a.slots_at + slot * a.slot_bytes) + k.in_skipped;
+    T* const out_slot = reinterpret_cast<T*>(shared + a.slots_at + slot * a.slot_bytes + a.out_at) + k.out_skipped;
+    const int in_rows = k.in_rows, out_rows = k.out_rows, in_row = k.in_row, W = a.in_width, W_out = a.out_width;
+    for (int item = plane < planes ? lane : a.items; item < a.items; item += tx) {
+      int w, group = a.columns(item, w);
+      const int row = group * R, first_row = row - in_row, rows_left = out_rows - row, in_w = w + a.column_shift;  // first_row: of in, for tap 0
+      const bool reached = in_w >= 0 && in_w < W;
+      const T* from = in_slot + (plane * int(a.in_plane) + first_row * W + in_w);
+      T* const to = out_slot + (plane * int(a.out_plane) + row * W_out + w);
+      float acc[R], own[R], rows[R + M - 1];
+#pragma unroll
+      for (int r = 0; r < R; ++r) acc[r] = initial;
+      // Guarded where rows lie beyond the plane: left out, not multiplied by zero, for weight or x may be infinite.
+      const auto make = [&]<bool guarded> {
+        const uint32_t mine = guarded ? bits(0, rows_left) : ~0u;
+        if (Gradient && a.has_dots) {
+#pragma unroll
+          for (int r = 0; r < R; ++r) own[r] = !guarded || mine >> r & 1 ? widen(to[r * W_out]) : 0;
+        }
+        const auto take = [&]<bool all>(int first) {  // M taps, or what is left
+          const int count = all ? M : K - first;
+          const uint32_t valid = !guarded ? ~0u : reached ? bits(-first_row - first, min(in_rows - first_row - first, R + count - 1)) : 0;
+          const T* at = from;
+#pragma unroll
+          for (int t = 0; t < R + M - 1; ++t, at += W) {
+            if (guarded ? valid >> t & 1 : all || t < R || t < R + count - 1) rows[t] = widen(*at);
+          }
+#pragma unroll
+          for (int m = 0; m < M; ++m) {
+            if (!all && m >= count) continue;
+            const float tap = taps[plane * K + first + m];
+            const uint32_t both = valid >> m & mine;
+            float dot = 0;
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+              if (guarded && !(both >> r & 1)) continue;
+              acc[r] += tap * rows[r + m];
+              if (Gradient) dot += own[r] * rows[r + m];
+            }
+            if (Gradient && first == 0) dots[m] += dot;
+            else if (Gradient) sums[(first - M + m) * bulk_threads] += dot;
+          }
+        };
+        int first = 0;
+        for (; first + M <= K; first += M, from += M * W) take.template operator()<true>(first);
+        if (first < K) take.template operator()<false>(first);
+        if (out) {
+#pragma unroll
+          for (int r = 0; r < R; ++r)
+            if (!guarded || mine >> r & 1) to[r * W_out] = narrow<T>(acc[r]);
+        }
+      };
+      if (reached && first_row >= 0 && first_row + R + K - 1 <= in_rows && rows_left >= R) make.template operator()<false>();
+      else make.template operator()<true>();
+    }
+    if (Gradient && a.has_bias_sum && plane < planes)
+      for (int i = lane; i < k.bias_rows * W; i += tx) bias_sum += widen(in_slot[plane * int(a.in_plane) + k.bias_row * W + i]);
+    if (out) show_to_copy_engine();
+    __syncthreads();
+    if (out && manages) {
+      constexpr int granule = 16 / sizeof(T);
+      T* const to = out + k.out_at;
+      const int n = k.out_numbers, first = min(n, (granule - k.out_skipped) % granule), last = n - (n - first) % granule, i = threadIdx.x % 32;
+      const int at = i < first ? i : i + last - first;  // what is left at the ends
+      if (at < n) to[at] = out_slot[at];
+      __syncwarp();
+      if (leads && last > first) bulk_store(to + first, out_slot + first, (last - first) * sizeof(T));
+    }
+  }
+  if (Gradient && partial) {  // over the threads of a plane, in fixed order
+    __syncthreads();
+    float* const all = reinterpret_cast<float*>(shared + a.slots_at);
+    const int width = min(tx, 32);
+    for (int i = 0; i <= K; ++i) {
+      float sum = bias_sum;
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+        if (i == m && m < K) sum = dots[m];
+      if (i >= M && i < K) sum = sums[(i - M) * bulk_threads];
+      for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+      if (lane % width == 0) all[i * bulk_threads + threadIdx.x] = sum;
+    }
+    __syncthreads();
+    for (int i = lane; i <= K && plane < planes; i += tx) {
+      float sum = 0;
+      for (int t = 0; t < tx; t += width) sum += all[i * bulk_threads + plane * tx + t];
+      partial[(int64_t(first_channel + plane) * a.splits + split) * (K + 1) + (i == K ? K : K - 1 - i)] = sum;
+    }
+  }
+}
+
+struct BulkPlan {
+  Bulk a;
+  bool applies;
+  size_t shared, partial;
+};
+
+template <class T, int R, int M, bool Gradient>
+BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const void* in, const void* x, const void* out) {
+  BulkPlan plan{};
+  Bulk& a = plan.a;
+  const Device& device = current_device();
+  plan.applies = device.capability >= 9 && !p.channels_last && p.stride_h == 1 && p.stride_w == 1 && p.dilation == 1 && p.K <= 64 && p.padding_h < p.K &&
+                 (!x || !out || (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(out)) % 16 == 0) &&
+                 std::max({p.H_out * p.W_out, p.H * p.W, p.N * p.C}) < 1 << 28;
+  // Where it pays, by measurement: rows that do not line up with 16 bytes, but for many taps of 16-bit numbers, and in float forward
+  // for widths that suit the tiles of `walk`; backward also small planes of float and up to 3 taps of 16-bit numbers.
+  const bool aligned = vectors<T, 16 / sizeof(T)>(p, {in, x, out});
+  if (sizeof(T) == 2) plan.applies = plan.applies && ((!aligned && p.K <= 16) || (Gradient && p.K <= 3));
+  else if (Gradient) plan.applies = plan.applies && (!aligned || p.H * p.W < 4096);
+  else plan.applies = plan.applies && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out);
+  if (!plan.applies) return plan;
+  a.K = p.K, a.C = p.C, a.reversed = Gradient, a.has_dots = has_dots, a.has_bias_sum = has_bias_sum;
+  a.in_rows = Gradient ? p.H_out : p.H, a.in_width = Gradient ? p.W_out : p.W;
+  a.out_rows = Gradient ? p.H : p.H_out, a.out_width = Gradient ? p.W : p.W_out;
+  a.in_plane = int64_t(a.in_rows) * a.in_width, a.out_plane = int64_t(a.out_rows) * a.out_width;
+  a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane;
+  a.row_shift = Gradient ? p.padding_h - (p.K - 1) : -p.padding_h, a.column_shift = Gradient ? p.padding_w : -p.padding_w;
+  const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T), 16) + 16; };
+  const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + std::min<int64_t>(rows + p.K - 1, a.in_rows) * a.in_width); };
+  const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
+  // As many rows or planes as leave room for the blocks that registers have room for.
+  const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(Gradient) - 2048 - (Gradient ? sizeof(float) * std::max<int64_t>(p.K - M, 0) * bulk_threads : 0)) / bulk_slots;
+  int64_t band_rows = a.out_rows, planes = 1;
+  for (int64_t bands = 2; slot_bytes(1, band_rows) > room && band_rows > R; ++bands) band_rows = round_up(ceil_div(a.out_rows, bands), R);
+  a.columns = a.out_width, a.items = ceil_div(band_rows, R) * a.out_width;
+  if (band_rows >= a.out_rows)
+    while (2 * planes <= std::min<int64_t>(p.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= room) planes *= 2;
+  band_rows = std::min<int64_t>(band_rows, a.out_rows);
+  const int64_t bands = ceil_div(a.out_rows, band_rows), slices = ceil_div(p.C, planes);
+  a.planes = planes, a.band_rows = band_rows, a.bands = bands, a.chunks = p.N * bands, a.slices = slices;
+  while (planes << a.log2_tx < bulk_threads) ++a.log2_tx;
+  a.sums_at = round_up(sizeof(float) * planes * p.K, 16);
+  a.slots_at = a.sums_at + (Gradient ? sizeof(float) * std::max<int64_t>(p.K - M, 0) * bulk_threads : 0);
+  a.out_at = in_bytes(planes, band_rows), a.slot_bytes = slot_bytes(planes, band_rows);
+  plan.shared = a.slots_at + std::max<int64_t>(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
+  const int64_t blocks = std::min<int64_t>(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
+  if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
+  a.splits = deal(slices, a.chunks, blocks, 2);
+  plan.partial = sizeof(float) * p.C * a.splits * (p.K + 1);
+  return plan;
+}
+
+template <class T, int R, int M, bool Gradient>
+const char* bulk_launch(const BulkPlan& plan, const void* in, const void* x, const void* weight, const void* bias, void* out, float* partial, cudaStream_t stream) {
+  const auto kernel = bulk<T, R, M, Gradient>;
+  if (plan.shared > 48 << 10)
+    if (const char* error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)))) return error;
+  kernel<<<plan.a.slices.divisor * plan.a.splits, bulk_threads, plan.shared, stream>>>(plan.a, (const T*)in, (const T*)x, (const T*)weight, (const T*)bias, (T*)out, partial);
+  return check(cudaGetLastError());
+}
+
+template <class T, int R, int M> bool bulk_forward_by(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
+  const BulkPlan plan = bulk_plan<T, R, M, false>(p, false, false, x, nullptr, y);
+  if (plan.applies) error = bulk_launch<T, R, M, false>(plan, x, nullptr, weight, bias, y, nullptr, cudaStream_t(stream));
+  return plan.applies;
+}
+
+template <class T, int R, int M>
+bool bulk_backward_by(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight, void* grad_bias,
+                      void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
+  const BulkPlan plan = bulk_plan<T, R, M, true>(p, grad_weight, grad_bias, grad_output, grad_weight ? x : nullptr, grad_input);
+  if (!plan.applies) return false;
+  float* const partial = grad_weight || grad_bias ? static_cast<float*>(scratch(plan.partial, context)) : nullptr;
+  error = bulk_launch<T, R, M, true>(plan, grad_output, x, weight, nullptr, grad_input, partial, cudaStream_t(stream));
+  if (error || !partial) return true;
+  Walk a{};
+  a.p = p, a.column_tiles = 1, a.splits = plan.a.splits, a.dot_end = p.K, a.has_bias_sum = grad_bias;
+  reduce<T, 1, false><<<p.C, 256, 0, cudaStream_t(stream)>>>(a, partial, (T*)grad_weight, (T*)grad_bias);
+  error = check(cudaGetLastError());
+  return true;
+}
+}  // namespace
+
+bool bulk_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
+  const auto by = [&]<class T> { return (p.K <= 3 ? bulk_forward_by<T, 8, 3> : bulk_forward_by<T, 8, 7>)(p, x, weight, bias, y, stream, error); };
+  return p.type == Type::f32 ? by.template operator()<float>() : p.type == Type::f16 ? by.template operator()<__half>() : p.type == Type::bf16 && by.template operator()<__nv_bfloat16>();
+}
+
+bool bulk_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
+                   void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
+  const auto by = [&]<class T> {
+    return (p.K <= 3 ? bulk_backward_by<T, 8, 3> : bulk_backward_by<T, 8, 7>)(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error);
+  };
+  return p.type == Type::f32 ? by.template operator()<float>() : p.type == Type::f16 ? by.template operator()<__half>() : p.type == Type::bf16 && by.template operator()<__nv_bfloat16>();
 }
