@@ -557,7 +557,7 @@ template <class T> __device__ void multiply_add(float (&d)[4], uint32_t a0, uint
 }
 
 // The same for N fragments b; a and b by parts, and by halves: of rows or columns, then of what is summed over.
-template <class T, int N, int A, int B> __device__ void multiply_add(float (&d)[N][4], const uint32_t (&a)[A][2][2], const uint32_t (&b)[B][N][2]) {
+template <class T, int N, int A, int B> __device__ void multiply_add(float (*d)[4], const uint32_t (&a)[A][2][2], const uint32_t (&b)[B][N][2]) {
   float products[N][4] = {};
 #pragma unroll
   for (int sum = B - 1; sum >= 0; --sum) {
@@ -847,28 +847,29 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
           for (int i = 0; i < 8; ++i) tap[i / 4][p][i / 2 % 2][i % 2] = f[(i < 4 ? 3 : 1) - i / 2 % 2 + i % 2][p];
         }
         if (!Gradient || out) {
-          uint32_t b[P][N][2];  // of rows 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of the block
 #pragma unroll
-          for (int h = 0; h < 2; ++h)
+          for (int n = 0; n < N; n += J) {
+            uint32_t b[P][J][2];  // of rows 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of the block
 #pragma unroll
-            for (int group = 0; group < N / J; ++group) {
-              const unsigned char* const from = block + (2 * q + 8 * h) * in_pitch + (group * 8 + g) * J * sizeof(T);
+            for (int h = 0; h < 2; ++h) {
+              const unsigned char* const from = block + (2 * q + 8 * h) * in_pitch + (n * 8 + g * J) * sizeof(T);
               if constexpr (P > 1) {
                 const float2 v = at<float2>(from), w = at<float2>(from + in_pitch);
                 const Parts left = to_parts(v.x, w.x), right = to_parts(v.y, w.y);
 #pragma unroll
-                for (int p = 0; p < P; ++p) b[p][group * J][h] = left.at[p], b[p][group * J + 1][h] = right.at[p];
+                for (int p = 0; p < P; ++p) b[p][0][h] = left.at[p], b[p][1][h] = right.at[p];
               } else if constexpr (Aligned) {
                 const uint2 v = at<uint2>(from), w = at<uint2>(from + in_pitch);
-                b[0][group * J][h] = __byte_perm(v.x, w.x, 0x5410), b[0][group * J + 1][h] = __byte_perm(v.x, w.x, 0x7632);
-                b[0][group * J + 2][h] = __byte_perm(v.y, w.y, 0x5410), b[0][group * J + 3][h] = __byte_perm(v.y, w.y, 0x7632);
+                b[0][0][h] = __byte_perm(v.x, w.x, 0x5410), b[0][1][h] = __byte_perm(v.x, w.x, 0x7632);
+                b[0][2][h] = __byte_perm(v.y, w.y, 0x5410), b[0][3][h] = __byte_perm(v.y, w.y, 0x7632);
               } else {
 #pragma unroll
-                for (int j = 0; j < J; ++j) b[0][group * J + j][h] = __byte_perm(at<uint16_t>(from + 2 * j), at<uint16_t>(from + in_pitch + 2 * j), 0x5410);
+                for (int j = 0; j < J; ++j) b[0][j][h] = __byte_perm(at<uint16_t>(from + 2 * j), at<uint16_t>(from + in_pitch + 2 * j), 0x5410);
               }
             }
-          if constexpr (has_upper) multiply_add<T>(acc[0], tap[0], b);
-          if constexpr (has_lower) multiply_add<T>(acc[1], tap[1], b);
+            if constexpr (has_upper) multiply_add<T>(acc[0] + n, tap[0], b);
+            if constexpr (has_lower) multiply_add<T>(acc[1] + n, tap[1], b);
+          }
         }
         if (Gradient && a.has_dots) {
           uint32_t other[strip<T> / 16][P][2][2];
