@@ -611,6 +611,12 @@ template <class T> __device__ uint32_t max_nan(uint32_t a, uint32_t b) {
 
 template <class V> __device__ V at(const unsigned char* p) { return *reinterpret_cast<const V*>(p); }
 
+// The same number; what follows from it is worked out again rather than kept in a register.
+template <class T> __device__ int again(int v) {
+  if constexpr (std::is_same_v<T, float>) asm volatile("" : "+r"(v));
+  return v;
+}
+
 // Starts to copy 32 rows of a strip, `row_bytes` apart, to rows `pitch` apart that are congruent to them modulo 16 bytes; zeros for
 // rows outside [lo, hi) and to the right of byte `end` of a row; bytes before `begin` are not used.
 // Aligned: the warps of a block share the rows of all. (Unrolled loops behind `if constexpr` are in braces: without, nvcc 13.0 drops the loop and says nothing.)
@@ -739,7 +745,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   const int in_pitch = Aligned ? aligned_pitch : a.in_pitch, x_pitch = Aligned ? aligned_pitch : a.x_pitch;
 
   Factor<T>* const table = reinterpret_cast<Factor<T>*>(shared);
-  const int table_size = 16 * tiles + 16;
+  const int table_size = 16 * tiles + 24;
   unsigned char* const mine = shared + P * 4 * table_size + warp * a.warp_bytes;
   unsigned char* const ring_end = mine + a.ring_pairs * step * in_pitch;
   float4* const dots = reinterpret_cast<float4*>(mine + a.dots_offset);
@@ -793,13 +799,13 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  // The taps, 8 numbers into a row of zeros, and again one number further on, so that each pair is one word of either.
+  // The taps, 16 numbers into a row of zeros, and again one number further on, so that each pair is one word of either.
   for (int i = threadIdx.x; i < 2 * table_size; i += blockDim.x) {
-    const int k = i % table_size - 8 - i / table_size;
+    const int k = i % table_size - 16 - i / table_size;
     float tap = weight && k >= 0 && k < a.K ? widen(weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)]) : 0;
     for (int p = 0; p < P; ++p) tap -= widen(table[p * 2 * table_size + i] = narrow<Factor<T>>(tap));
   }
-  const unsigned char* const taps = shared + (g % 2 * table_size + 8 + g % 2 + 2 * q - g) * 2;
+  const unsigned char* const taps = shared + (g % 2 * table_size + 16 + g % 2 + 2 * q - g) * 2;
   const float initial = bias ? widen(bias[c]) : 0;
   if (Gradient && a.has_dots)
     for (int i = lane; i < tiles * 64; i += 32) dots[i] = make_float4(0, 0, 0, 0);
@@ -831,7 +837,6 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
 #pragma unroll
       for (int i = 0; i < 8 * N; ++i) acc[i / (4 * N)][i / 4 % N][i % 4] = initial;
       float upper[2][4], lower[2][4];  // D_u of the step's first block, D_{u-1} of its second
-      uint32_t f[5][P] = {};           // pairs of taps 16 u - 24, 16 u - 16, ..., 16 u + 8 from the lane's first
       const auto next_block = [&] {
         block += 16 * in_pitch;
         if (block >= ring_end + in_skipped) block -= ring_end - mine;
@@ -840,11 +845,9 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       const auto meet = [&]<bool has_upper, bool has_lower>(int u) {
         uint32_t tap[2][P][2][2];  // A_u, A_{u-1}
 #pragma unroll
-        for (int p = 0; p < P; ++p) {
-          f[0][p] = f[2][p], f[1][p] = f[3][p], f[2][p] = f[4][p];
-          if constexpr (has_upper) f[3][p] = at<uint32_t>(taps + p * 4 * table_size + u * 32), f[4][p] = at<uint32_t>(taps + p * 4 * table_size + u * 32 + 16);
-#pragma unroll
-          for (int i = 0; i < 8; ++i) tap[i / 4][p][i / 2 % 2][i % 2] = f[(i < 4 ? 3 : 1) - i / 2 % 2 + i % 2][p];
+        for (int i = 0; i < 8 * P; ++i) {  // volatile: the same number twice is loaded twice, not moved about, for fragments are in registers in a row
+          const unsigned char* const from = taps + i / 4 % P * 4 * table_size + (u - i / 4 / P) * 32 + (i % 2 - i / 2 % 2) * 16;
+          if (i / 4 / P ? has_lower : has_upper) tap[i / 4 / P][i / 4 % P][i / 2 % 2][i % 2] = *reinterpret_cast<const volatile uint32_t*>(from);
         }
         if (!Gradient || out) {
 #pragma unroll
@@ -924,6 +927,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       }
       if (Gradient && !out) continue;
 
+      const Band of = band(again<T>(unit), warp);
       const int row = of.row + s * step * d;
       if (!Aligned && of.column + a.column_shift < 0) {  // copies began before the rows
 #pragma unroll
@@ -1102,7 +1106,7 @@ ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, boo
   a.dots_offset = a.x_offset + (has_dots ? step * a.x_pitch + 16 : 0);
   a.out_offset = a.dots_offset + (has_dots ? a.tiles * 1024 : 0);
   a.warp_bytes = round_up(a.out_offset + (plan.aligned ? 0 : 16 * a.out_pitch + 16), 16);
-  const auto shared = [&](int warps) { return (size == 4 ? 3 : 1) * 4 * (16 * a.tiles + 16) + warps * a.warp_bytes; };
+  const auto shared = [&](int warps) { return (size == 4 ? 3 : 1) * 4 * (16 * a.tiles + 24) + warps * a.warp_bytes; };
   const auto resident = [&](int warps) {  // blocks of a multiprocessor
     return std::min<int64_t>(resident_blocks(gradient, plan.aligned) * 4 / warps, device.shared_per_multiprocessor / (shared(warps) + 1024));
   };
