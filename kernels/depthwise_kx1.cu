@@ -527,7 +527,7 @@ constexpr int step = 32, strip_bytes = 128, overlap = 8, aligned_pitch = strip_b
 template <class T> constexpr int strip = strip_bytes / sizeof(T);
 template <class T> using Factor = std::conditional_t<std::is_same_v<T, float>, __nv_bfloat16, T>;
 template <class T> constexpr int parts = std::is_same_v<T, float> ? 3 : 1;
-constexpr int resident_blocks(bool gradient, bool aligned) { return gradient ? 2 : aligned ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
+constexpr int resident_blocks(bool gradient, bool aligned, int size) { return gradient ? 2 : aligned && size == 2 ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
 
 struct Toeplitz {
   int K, tiles, C;
@@ -610,12 +610,6 @@ template <class T> __device__ uint32_t max_nan(uint32_t a, uint32_t b) {
 }
 
 template <class V> __device__ V at(const unsigned char* p) { return *reinterpret_cast<const V*>(p); }
-
-// The same number; what follows from it is worked out again rather than kept in a register.
-template <class T> __device__ int again(int v) {
-  if constexpr (std::is_same_v<T, float>) asm volatile("" : "+r"(v));
-  return v;
-}
 
 // Starts to copy 32 rows of a strip, `row_bytes` apart, to rows `pitch` apart that are congruent to them modulo 16 bytes; zeros for
 // rows outside [lo, hi) and to the right of byte `end` of a row; bytes before `begin` are not used.
@@ -734,7 +728,7 @@ __device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weigh
 }
 
 template <class T, bool Aligned, bool Gradient>
-__global__ void __launch_bounds__(128, resident_blocks(Gradient, Aligned))
+__global__ void __launch_bounds__(128, resident_blocks(Gradient, Aligned, sizeof(T)))
 toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
          const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
   constexpr int J = Aligned ? 8 / sizeof(T) : 2;  // contiguous columns of in that a lane loads; of out it gets 2 J
@@ -770,7 +764,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   const auto place_in = [&](const Band& of) { return in + place(of.n, a.in_plane, a.in_width, of.row + a.row_shift, of.column + a.column_shift); };
   const auto place_x = [&](const Band& of) { return x + place(of.n, a.out_plane, a.out_width, of.row, of.column); };
   const auto skipped = [](const T* at) { return Aligned ? 0 : int(reinterpret_cast<uintptr_t>(at) & 15); };
-    const int lead = tiles / 2;  // pairs before the one that completes a step's
+  const int lead = tiles / 2;  // pairs before the one that completes a step's
 
   // Copies the next pair of `in`, the `pair`-th of steps + lead of its unit, or the rows of x of the step that it completes.
   int fetched_unit = split - a.splits, pair = 0, pairs = 0, slot = 0;
@@ -927,7 +921,6 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       }
       if (Gradient && !out) continue;
 
-      const Band of = band(again<T>(unit), warp);
       const int row = of.row + s * step * d;
       if (!Aligned && of.column + a.column_shift < 0) {  // copies began before the rows
 #pragma unroll
@@ -1076,7 +1069,7 @@ ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, boo
   plan.applies = plan.applies && (size == 2 || plan.aligned);
   // Where it pays, by measurement.
   const int64_t H = ceil_div(transposed ? p.H : p.H_out, p.dilation);
-  plan.applies = plan.applies && p.K > (size == 4 ? 7 : plan.aligned && !transposed ? 3 : 2) && 3 * p.W * H > round_up(p.W, strip) * round_up(H, step);
+  plan.applies = plan.applies && p.K > (size == 4 ? 21 : plan.aligned && !transposed ? 3 : 2) && 3 * p.W * H > round_up(p.W, strip) * round_up(H, step);
   if (!plan.applies) return plan;
   a.K = p.K, a.tiles = (p.K + 14) / 16 + 1, a.C = p.C;
   a.reversed = transposed, a.has_dots = has_dots, a.has_bias_sum = has_bias_sum;
@@ -1108,7 +1101,7 @@ ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, boo
   a.warp_bytes = round_up(a.out_offset + (plan.aligned ? 0 : 16 * a.out_pitch + 16), 16);
   const auto shared = [&](int warps) { return (size == 4 ? 3 : 1) * 4 * (16 * a.tiles + 24) + warps * a.warp_bytes; };
   const auto resident = [&](int warps) {  // blocks of a multiprocessor
-    return std::min<int64_t>(resident_blocks(gradient, plan.aligned) * 4 / warps, device.shared_per_multiprocessor / (shared(warps) + 1024));
+    return std::min<int64_t>(resident_blocks(gradient, plan.aligned, size) * 4 / warps, device.shared_per_multiprocessor / (shared(warps) + 1024));
   };
   double most = 0;
   for (int warps : {4, 2, 1}) {  // as many busy ones as registers and shared memory have room for; preferably 4, which read 512 bytes of a row
