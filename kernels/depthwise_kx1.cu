@@ -462,7 +462,8 @@ bool toeplitz_backward(const Problem&, const void* grad_output, const void* x, c
 
 const char* launch_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
   const char* error;
-  if (bulk_forward(p, x, weight, bias, y, stream, error)) return error;
+  if (bulk_forward(p, x, weight, bias, y, stream, error) ||
+      toeplitz_forward(p, x, weight, bias, y, stream, error)) return error;
   const auto launch = p.type == Type::f32 ? walk_forward<float> : p.type == Type::f64 ? walk_forward<double> : launch_forward_16;
   return launch(p, x, weight, bias, y, stream);
 }
@@ -470,22 +471,19 @@ const char* launch_forward(const Problem& p, const void* x, const void* weight, 
 const char* launch_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
                             void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
   const char* error;
-  if (bulk_backward(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error)) return error;
+  if (bulk_backward(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error) ||
+      toeplitz_backward(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error)) return error;
   const auto launch = p.type == Type::f32 ? walk_backward<float> : p.type == Type::f64 ? walk_backward<double> : launch_backward_16;
   return launch(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
 }
 // ---- end of the part for 32 and 64 bits ----
 
 const char* launch_forward_16(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
-  const char* error;
-  if (toeplitz_forward(p, x, weight, bias, y, stream, error)) return error;
   return (p.type == Type::f16 ? walk_forward<__half> : walk_forward<__nv_bfloat16>)(p, x, weight, bias, y, stream);
 }
 
 const char* launch_backward_16(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
                                void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
-  const char* error;
-  if (toeplitz_backward(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error)) return error;
   const auto launch = p.type == Type::f16 ? walk_backward<__half> : walk_backward<__nv_bfloat16>;
   return launch(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
 }
@@ -511,13 +509,13 @@ __device__ void end_group_of_copies() {
 #endif
 }
 
-// The taps of a channel as a banded Toeplitz matrix on tensor cores, for 16-bit numbers in contiguous layout at stride 1.
+// The taps of a channel as a banded Toeplitz matrix on tensor cores, for contiguous layout at stride 1.
 // Block b of 16 rows of out is sum_t A_t In_{b+t}, with A_t[r][c] = tap[16 t + c - r] and In_i the i-th 16 rows of in, t < tiles.
 // Forward: out is y, in is x. Transposed (input gradient): out is grad_input, in is grad_output, taps are reversed. The weight
 // gradient comes from the same blocks: of D_t = X_b In_{b+t}^T, summed over all b, diagonal c - r is tap 16 t + c - r.
 // Rows of one residue class modulo the dilation form a plane of their own.
 //
-// A block of 1, 2 or 4 warps takes units: bands of as many strips of 64 columns of out, one a warp, walked in steps of 32 rows. In
+// A block of 1, 2 or 4 warps takes units: bands of as many strips of 128 bytes of rows of out, one a warp, walked in steps of 32 rows. In
 // shared memory: the taps, and of each warp a ring of pairs of blocks of `in` that a step needs and of the one under way, 32 rows of x,
 // the D_t, and a place where unaligned rows of out are put together. In registers: out's two blocks and x's. All blocks are read from
 // the ring once a step, so registers do not depend on the number of taps. Written are out, each number once, and a block's sums of
@@ -531,8 +529,16 @@ __device__ void end_group_of_copies() {
 // They also keep warps in step, so that these read longer stretches of memory.
 //
 // Zeros of A_t beyond the band times an infinity are NaN: where a result is NaN, it is computed again from the definition.
-constexpr int strip = 64, step = 32, overlap = 8, aligned_pitch = strip * 2 + 16;
-constexpr int resident_blocks(bool gradient, bool aligned) { return gradient ? 2 : aligned ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
+//
+// A float is split into the sum of three bfloat16, and a product into the six of parts that matter (after Henry, Tang and Heinecke,
+// 2019). Tensor cores cut sums off instead of rounding them: each tile's products are summed apart, the smallest first, and rounded
+// as they are added to the others. (Numbers below 2^-110 lose bits: the last part is below the range.) Strips have half the columns,
+// and rows are always aligned.
+constexpr int step = 32, strip_bytes = 128, overlap = 8, aligned_pitch = strip_bytes + 16;
+template <class T> constexpr int strip = strip_bytes / sizeof(T);
+template <class T> using Factor = std::conditional_t<std::is_same_v<T, float>, __nv_bfloat16, T>;
+template <class T> constexpr int parts = std::is_same_v<T, float> ? 3 : 1;
+constexpr int resident_blocks(bool gradient, bool aligned, int size) { return gradient ? 2 : aligned && size == 2 ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
 
 struct Toeplitz {
   int K, tiles, C;
@@ -561,6 +567,36 @@ template <class T> __device__ void multiply_add(float (&d)[4], uint32_t a0, uint
 #endif
 }
 
+// The same for N fragments b; a and b by parts, and by halves: of rows or columns, then of what is summed over.
+template <class T, int N, int A, int B> __device__ void multiply_add(float (*d)[4], const uint32_t (&a)[A][2][2], const uint32_t (&b)[B][N][2]) {
+  float products[N][4] = {};
+#pragma unroll
+  for (int sum = B - 1; sum >= 0; --sum) {
+#pragma unroll
+    for (int i = 0; i <= sum && i < A; ++i) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) multiply_add<T>(B > 1 ? products[n] : d[n], a[i][0][0], a[i][1][0], a[i][0][1], a[i][1][1], b[sum - i][n][0], b[sum - i][n][1]);
+    }
+  }
+  if constexpr (B > 1) {
+#pragma unroll
+    for (int i = 0; i < 4 * N; ++i) d[i / 4][i % 4] += products[i / 4][i % 4];
+  }
+}
+
+// The parts of two floats, in pairs.
+struct Parts { uint32_t at[3]; };
+__device__ Parts to_parts(float v, float w) {
+  Parts to;
+#pragma unroll
+  for (int p = 0; p < 3; ++p) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(v, w);
+    to.at[p] = reinterpret_cast<const uint32_t&>(pair);
+    v -= __uint_as_float(to.at[p] << 16), w -= __uint_as_float(to.at[p] & 0xffff0000);
+  }
+  return to;
+}
+
 // Two times two 8 x 8 numbers of rows in shared memory as fragments: rows `row` of 16 and columns `column` of 8 by lane.
 __device__ void load_fragments(uint32_t (&to)[4], const unsigned char* from) {
 #if __CUDA_ARCH__ >= 800
@@ -574,10 +610,11 @@ __device__ void store_16(void* to, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// The larger of each of two numbers; NaN if one is NaN.
+// The larger of each of a word's numbers; NaN if one is NaN.
 template <class T> __device__ uint32_t max_nan(uint32_t a, uint32_t b) {
 #if __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, __half>) asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  if constexpr (std::is_same_v<T, float>) asm("max.NaN.f32 %0, %0, %1;" : "+r"(a) : "r"(b));
+  else if constexpr (std::is_same_v<T, __half>) asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
   else asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
 #endif
   return a;
@@ -607,36 +644,55 @@ template <bool Aligned> __device__ void copy_pair(unsigned char* to, int pitch, 
   } else {
     const auto copy = [&]<bool inner> {
 #pragma unroll
-      for (int i = 0; i <= strip / 8; ++i) {
-        const int row = i < strip / 8 ? i * 4 + lane / 8 : lane, granule = i < strip / 8 ? lane % 8 : strip / 8;
+      for (int i = 0; i <= 8; ++i) {
+        const int row = i < 8 ? i * 4 + lane / 8 : lane, granule = i < 8 ? lane % 8 : 8;
         const char* const p = from + row * row_bytes + granule * 16;
         const int skipped = reinterpret_cast<uintptr_t>(p) & 15, offset = granule * 16 - skipped;
         unsigned char* const q = to + row * pitch + offset;
         if (!inner) copy_async(q, p - skipped, row >= lo && row < hi && offset + 16 > begin ? min(max(end - offset, 0), 16) : 0);
-        else if (i < strip / 8 || skipped) copy_async(q, p - skipped, 16);
+        else if (i < 8 || skipped) copy_async(q, p - skipped, 16);
       }
     };
-    if (lo <= 0 && hi >= step && begin <= 0 && end >= strip * 2) copy.template operator()<true>();
+    if (lo <= 0 && hi >= step && begin <= 0 && end >= strip_bytes) copy.template operator()<true>();
     else copy.template operator()<false>();
   }
 }
 
-// A block's rows (even: at multiples of 4 bytes) as operand of a product over columns, zeros before column `first`: to[i] is the
-// fragment of columns 16 i ..., as a, or as both b of 8 rows.
-template <bool Aligned, bool AsA> __device__ void load_rows(uint32_t (&to)[4][4], const unsigned char* block, int pitch, bool even = false, int first = 0) {
+// A block's rows (even: at multiples of 4 bytes) as operand of a product over columns, zeros before column `first`: fragments of 16
+// columns each, in an order that is the same for all rows.
+template <class T, bool Aligned>
+__device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const unsigned char* block, int pitch, bool even = false, int first = 0) {
   const int lane = threadIdx.x % 32;
-  if constexpr (Aligned) {
-    block += (AsA ? lane % 16 : lane / 16 * 8 + lane % 8) * pitch + (AsA ? lane / 16 : lane / 8 % 2) * 16;
+  if constexpr (std::is_same_v<T, float>) {
+    block += lane % 8 * pitch + lane / 8 * 16;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) load_fragments(to[i], block + i * 32);
+    for (int i = 0; i < 4; ++i) {
+      uint32_t raw[4];  // columns q, q + 4, q + 8 and q + 12 of row g
+      load_fragments(raw, block + i % 2 * 8 * pitch + i / 2 * 64);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const Parts v = to_parts(__uint_as_float(raw[2 * k]), __uint_as_float(raw[2 * k + 1]));
+#pragma unroll
+        for (int p = 0; p < 3; ++p) to[i / 2][p][i % 2][k] = v.at[p];
+      }
+    }
+  } else if constexpr (Aligned) {
+    block += (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t raw[4];
+      load_fragments(raw, block + i * 32);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[i][0][j / 2][j % 2] = raw[j];
+    }
   } else {
     const unsigned char* const from = block + lane / 4 * pitch + lane % 4 * 4;
     const auto load = [&]<bool at_once> {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        const unsigned char* const p = from + (AsA ? i % 2 : i / 2 % 2) * 8 * pitch + i / 4 * 32 + (AsA ? i / 2 % 2 : i % 2) * 16;
-        if constexpr (at_once) to[i / 4][i % 4] = at<uint32_t>(p);
-        else to[i / 4][i % 4] = __byte_perm(at<uint16_t>(p), at<uint16_t>(p + 2), 0x5410);
+        const unsigned char* const p = from + i / 2 % 2 * 8 * pitch + i / 4 * 32 + i % 2 * 16;
+        if constexpr (at_once) to[i / 4][0][i / 2 % 2][i % 2] = at<uint32_t>(p);
+        else to[i / 4][0][i / 2 % 2][i % 2] = __byte_perm(at<uint16_t>(p), at<uint16_t>(p + 2), 0x5410);
       }
     };
     if (even) load.template operator()<true>();
@@ -644,8 +700,8 @@ template <bool Aligned, bool AsA> __device__ void load_rows(uint32_t (&to)[4][4]
     if (first > 0) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        const int column = i / 4 * 16 + (AsA ? i / 2 % 2 : i % 2) * 8 + lane % 4 * 2;
-        to[i / 4][i % 4] &= column >= first ? ~0u : column + 1 >= first ? 0xffff0000 : 0;
+        const int column = i / 4 * 16 + i % 2 * 8 + lane % 4 * 2;
+        to[i / 4][0][i / 2 % 2][i % 2] &= column >= first ? ~0u : column + 1 >= first ? 0xffff0000 : 0;
       }
     }
   }
@@ -653,9 +709,9 @@ template <bool Aligned, bool AsA> __device__ void load_rows(uint32_t (&to)[4][4]
 
 // Columns [lo, hi) of a strip that are its to store in the row at `row`, and its first that is at a multiple of 16 bytes.
 template <class T> __device__ int owned(const Toeplitz& a, const T* row, int column, int& lo, int& hi) {
-  const int head = (-int(reinterpret_cast<uintptr_t>(row)) & 15) / 2;
+  const int head = (-int(reinterpret_cast<uintptr_t>(row)) & 15) / int(sizeof(T));
   lo = column == a.column_begin ? max(0, -column) : head;
-  hi = min(a.out_width - column, column == a.last_column ? strip : head + a.advance);
+  hi = min(a.out_width - column, column == a.last_column ? strip<T> : head + a.advance);
   return lo + (head - lo & 7);
 }
 
@@ -665,36 +721,37 @@ __device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weigh
   const int d = a.dilation.divisor;
   const int64_t plane = int64_t(n) * a.C + c;
   in += plane * a.in_plane, weight += int64_t(c) * a.K, out += plane * a.out_plane;
-  for (int i = threadIdx.x % 32; i < step * strip; i += 32) {
-    const int row = first_row + i / strip * d, column = first_column + i % strip, in_column = column + a.column_shift;
+  for (int i = threadIdx.x % 32; i < step * strip<T>; i += 32) {
+    const int row = first_row + i / strip<T> * d, column = first_column + i % strip<T>, in_column = column + a.column_shift;
     if (row >= a.out_rows) continue;
     T* const to = out + (int64_t(row) * a.out_width + first_column);
     int lo, hi;
     owned(a, to, first_column, lo, hi);
-    if (i % strip < lo || i % strip >= hi) continue;
+    if (i % strip<T> < lo || i % strip<T> >= hi) continue;
     float sum = bias;
     if (in_column >= 0 && in_column < a.in_width)
       for (int k = 0; k < a.K; ++k) {
         const int in_row = row + a.row_shift + k * d;
         if (in_row >= 0 && in_row < a.in_rows) sum += widen(weight[a.reversed ? a.K - 1 - k : k]) * widen(in[int64_t(in_row) * a.in_width + in_column]);
       }
-    to[i % strip] = narrow<T>(sum);
+    to[i % strip<T>] = narrow<T>(sum);
   }
 }
 
 template <class T, bool Aligned, bool Gradient>
-__global__ void __launch_bounds__(128, resident_blocks(Gradient, Aligned))
+__global__ void __launch_bounds__(128, resident_blocks(Gradient, Aligned, sizeof(T)))
 toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
          const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
-  constexpr int J = Aligned ? 4 : 2;  // contiguous columns of in that a lane loads; of out it gets 2 J
+  constexpr int J = Aligned ? 8 / sizeof(T) : 2;  // contiguous columns of in that a lane loads; of out it gets 2 J
+  constexpr int N = strip<T> / 8, P = parts<T>, per_word = 4 / sizeof(T), words = 2 * J / per_word;
   extern __shared__ __align__(16) unsigned char shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, q = lane % 4, g = lane / 4;
   const int split = blockIdx.x / a.C, c = blockIdx.x % a.C, d = a.dilation.divisor, tiles = a.tiles;
   const int in_pitch = Aligned ? aligned_pitch : a.in_pitch, x_pitch = Aligned ? aligned_pitch : a.x_pitch;
 
-  T* const table = reinterpret_cast<T*>(shared);
-  const int table_size = 16 * tiles + 16;
-  unsigned char* const mine = shared + (4 * table_size + 15) / 16 * 16 + warp * a.warp_bytes;
+  Factor<T>* const table = reinterpret_cast<Factor<T>*>(shared);
+  const int table_size = 16 * tiles + 24;
+  unsigned char* const mine = shared + P * 4 * table_size + warp * a.warp_bytes;
   unsigned char* const ring_end = mine + a.ring_pairs * step * in_pitch;
   float4* const dots = reinterpret_cast<float4*>(mine + a.dots_offset);
 
@@ -718,7 +775,6 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   const auto place_in = [&](const Band& of) { return in + place(of.n, a.in_plane, a.in_width, of.row + a.row_shift, of.column + a.column_shift); };
   const auto place_x = [&](const Band& of) { return x + place(of.n, a.out_plane, a.out_width, of.row, of.column); };
   const auto skipped = [](const T* at) { return Aligned ? 0 : int(reinterpret_cast<uintptr_t>(at) & 15); };
-  constexpr uint32_t infinity = std::is_same_v<T, __half> ? 0x7c00 : 0x7f80;
   const int lead = tiles / 2;  // pairs before the one that completes a step's
 
   // Copies the next pair of `in`, the `pair`-th of steps + lead of its unit, or the rows of x of the step that it completes.
@@ -734,10 +790,10 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       const T* const at = of_x ? place_x(of) : place_in(of);
       const int first = (pair - 1 - (of_x ? lead : 0)) * step, width = of_x ? a.out_width : a.in_width, pitch = of_x ? x_pitch : in_pitch;
       const int row = of_x ? of.row : of.row + a.row_shift, column = of_x ? of.column : of.column + a.column_shift;
-      const int64_t row_bytes = int64_t(d) * width * 2;
+      const int64_t row_bytes = int64_t(d) * width * sizeof(T);
       copy_pair<Aligned>(mine + (copied - warp) * a.warp_bytes + (of_x ? a.x_offset : slot * step * in_pitch) + skipped(at), pitch,
                          reinterpret_cast<const char*>(at) + first * row_bytes, row_bytes, a.dilation.steps(-row) - first,
-                         of.busy ? a.dilation.steps((of_x ? a.out_rows : a.in_rows) - row) - first : 0, -2 * column, min(strip, width - column) * 2);
+                         of.busy ? a.dilation.steps((of_x ? a.out_rows : a.in_rows) - row) - first : 0, -int(sizeof(T)) * column, min(strip<T>, width - column) * int(sizeof(T)));
     }
     if (!of_x) slot = slot + 1 == a.ring_pairs ? 0 : slot + 1;
     end_group_of_copies();
@@ -748,12 +804,13 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  // The taps, 8 numbers into a row of zeros, and again one number further on, so that each pair is one word of either.
+  // The taps, 16 numbers into a row of zeros, and again one number further on, so that each pair is one word of either.
   for (int i = threadIdx.x; i < 2 * table_size; i += blockDim.x) {
-    const int k = i % table_size - 8 - i / table_size;
-    table[i] = weight && k >= 0 && k < a.K ? weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)] : narrow<T>(0);
+    const int k = i % table_size - 16 - i / table_size;
+    float tap = weight && k >= 0 && k < a.K ? widen(weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)]) : 0;
+    for (int p = 0; p < P; ++p) tap -= widen(table[p * 2 * table_size + i] = narrow<Factor<T>>(tap));
   }
-  const unsigned char* const taps = shared + (g % 2 * table_size + 8 + g % 2 + 2 * q - g) * 2;
+  const unsigned char* const taps = shared + (g % 2 * table_size + 16 + g % 2 + 2 * q - g) * 2;
   const float initial = bias ? widen(bias[c]) : 0;
   if (Gradient && a.has_dots)
     for (int i = lane; i < tiles * 64; i += 32) dots[i] = make_float4(0, 0, 0, 0);
@@ -763,62 +820,68 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   for (int unit = split - a.splits, steps; (steps = next_steps(unit)) > 0;) {
     const Band of = band(unit, warp);
     const int in_skipped = skipped(place_in(of)), x_skipped = Gradient ? skipped(place_x(of)) : 0;
-    const bool overlapped = !Aligned && of.column != a.last_column && a.advance < strip;  // by the next strip
+    const bool overlapped = !Aligned && of.column != a.last_column && a.advance < strip<T>;  // by the next strip
     for (int s = -lead; s < steps; ++s) {
       __syncthreads();
       fetch_in();  // to the slot before that of the step's first pair, which the step before read first
       await_copies<1>();
       __syncthreads();
       const unsigned char* block = mine + slot * step * in_pitch + in_skipped;
-      uint32_t own[2][4][4];
+      uint32_t own[2][strip<T> / 16][P][2][2];
       if (Gradient && a.has_dots) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          load_rows<Aligned, true>(own[i], mine + a.x_offset + x_skipped + i * 16 * x_pitch, x_pitch, a.x_even, -of.column);
-          if (overlapped) own[i][3][2] = own[i][3][3] = 0;
+          load_rows<T, Aligned>(own[i], mine + a.x_offset + x_skipped + i * 16 * x_pitch, x_pitch, a.x_even, -of.column);
+          if (overlapped) own[i][strip<T> / 16 - 1][0][0][1] = own[i][strip<T> / 16 - 1][0][1][1] = 0;
         }
         __syncthreads();
       }
       fetch_x();
       if (s < 0 || !of.busy) continue;
-      float acc[2][8][4];
+      float acc[2][N][4];
 #pragma unroll
-      for (int i = 0; i < 64; ++i) acc[i / 32][i / 4 % 8][i % 4] = initial;
+      for (int i = 0; i < 8 * N; ++i) acc[i / (4 * N)][i / 4 % N][i % 4] = initial;
       float upper[2][4], lower[2][4];  // D_u of the step's first block, D_{u-1} of its second
-      uint32_t f[5] = {};              // pairs of taps 16 u - 24, 16 u - 16, ..., 16 u + 8 from the lane's first
       const auto next_block = [&] {
         block += 16 * in_pitch;
         if (block >= ring_end + in_skipped) block -= ring_end - mine;
       };
       // Block u of in meets A_u for the step's first block of out and A_{u-1} for its second.
       const auto meet = [&]<bool has_upper, bool has_lower>(int u) {
-        f[0] = f[2], f[1] = f[3], f[2] = f[4];
-        if constexpr (has_upper) f[3] = at<uint32_t>(taps + u * 32), f[4] = at<uint32_t>(taps + u * 32 + 16);
+        uint32_t tap[2][P][2][2];  // A_u, A_{u-1}
+#pragma unroll
+        for (int i = 0; i < 8 * P; ++i) {  // volatile: the same number twice is loaded twice, not moved about, for fragments are in registers in a row
+          const unsigned char* const from = taps + i / 4 % P * 4 * table_size + (u - i / 4 / P) * 32 + (i % 2 - i / 2 % 2) * 16;
+          if (i / 4 / P ? has_lower : has_upper) tap[i / 4 / P][i / 4 % P][i / 2 % 2][i % 2] = *reinterpret_cast<const volatile uint32_t*>(from);
+        }
         if (!Gradient || out) {
-          uint32_t b[8][2];  // of rows 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of the block
 #pragma unroll
-          for (int h = 0; h < 2; ++h)
+          for (int n = 0; n < N; n += J) {
+            uint32_t b[P][J][2];  // of rows 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of the block
 #pragma unroll
-            for (int group = 0; group < 8 / J; ++group) {
-              const unsigned char* const from = block + (2 * q + 8 * h) * in_pitch + (group * 8 + g) * J * 2;
-              if constexpr (Aligned) {
+            for (int h = 0; h < 2; ++h) {
+              const unsigned char* const from = block + (2 * q + 8 * h) * in_pitch + (n * 8 + g * J) * sizeof(T);
+              if constexpr (P > 1) {
+                const float2 v = at<float2>(from), w = at<float2>(from + in_pitch);
+                const Parts left = to_parts(v.x, w.x), right = to_parts(v.y, w.y);
+#pragma unroll
+                for (int p = 0; p < P; ++p) b[p][0][h] = left.at[p], b[p][1][h] = right.at[p];
+              } else if constexpr (Aligned) {
                 const uint2 v = at<uint2>(from), w = at<uint2>(from + in_pitch);
-                b[group * J][h] = __byte_perm(v.x, w.x, 0x5410), b[group * J + 1][h] = __byte_perm(v.x, w.x, 0x7632);
-                b[group * J + 2][h] = __byte_perm(v.y, w.y, 0x5410), b[group * J + 3][h] = __byte_perm(v.y, w.y, 0x7632);
+                b[0][0][h] = __byte_perm(v.x, w.x, 0x5410), b[0][1][h] = __byte_perm(v.x, w.x, 0x7632);
+                b[0][2][h] = __byte_perm(v.y, w.y, 0x5410), b[0][3][h] = __byte_perm(v.y, w.y, 0x7632);
               } else {
 #pragma unroll
-                for (int j = 0; j < J; ++j) b[group * J + j][h] = __byte_perm(at<uint16_t>(from + 2 * j), at<uint16_t>(from + in_pitch + 2 * j), 0x5410);
+                for (int j = 0; j < J; ++j) b[0][j][h] = __byte_perm(at<uint16_t>(from + 2 * j), at<uint16_t>(from + in_pitch + 2 * j), 0x5410);
               }
             }
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            if constexpr (has_upper) multiply_add<T>(acc[0][i], f[3], f[2], f[4], f[3], b[i][0], b[i][1]);
-            if constexpr (has_lower) multiply_add<T>(acc[1][i], f[1], f[0], f[2], f[1], b[i][0], b[i][1]);
+            if constexpr (has_upper) multiply_add<T>(acc[0] + n, tap[0], b);
+            if constexpr (has_lower) multiply_add<T>(acc[1] + n, tap[1], b);
           }
         }
         if (Gradient && a.has_dots) {
-          uint32_t other[4][4];
-          load_rows<Aligned, false>(other, block, in_pitch, a.in_even);
+          uint32_t other[strip<T> / 16][P][2][2];
+          load_rows<T, Aligned>(other, block, in_pitch, a.in_even);
           if constexpr (has_upper) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -827,11 +890,9 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
             }
           }
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const auto& of = other[i / 2];
-            const auto dot = [&](float (&d)[4], uint32_t (&own)[4]) { multiply_add<T>(d, own[0], own[1], own[2], own[3], of[i % 2 * 2], of[i % 2 * 2 + 1]); };
-            if constexpr (has_upper) dot(upper[i % 2], own[0][i / 2]);
-            if constexpr (has_lower) dot(lower[i % 2], own[1][i / 2]);
+          for (int i = 0; i < strip<T> / 16; ++i) {
+            if constexpr (has_upper) multiply_add<T>(upper, own[0][i], other[i]);
+            if constexpr (has_lower) multiply_add<T>(lower, own[1][i], other[i]);
           }
           if constexpr (has_lower) {
 #pragma unroll
@@ -852,11 +913,21 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
         block = first_block;
 #pragma unroll 1
         for (int u = 0; u <= count; ++u, next_block()) {
-          uint32_t other[4][4];
-          load_rows<Aligned, false>(other, block, in_pitch, a.in_even);
-          if (overlapped) other[3][1] = other[3][3] = 0;
+          if constexpr (P > 1) {
+            float sum = 0;
 #pragma unroll
-          for (int i = 0; i < 8; ++i) multiply_add<T>(bias_sum, ones, ones, ones, ones, other[i / 2][i % 2 * 2], other[i / 2][i % 2 * 2 + 1]);
+            for (int i = 0; i < 4; ++i) {
+              const float4 v = at<float4>(block + (i * 4 + lane / 8) * in_pitch + lane % 8 * 16);
+              sum += v.x + v.y + (v.z + v.w);
+            }
+            bias_sum[0] += sum;
+          } else {
+            uint32_t other[4][1][2][2];
+            load_rows<T, Aligned>(other, block, in_pitch, a.in_even);
+            if (overlapped) other[3][0][0][1] = other[3][0][1][1] = 0;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) multiply_add<T>(bias_sum, ones, ones, ones, ones, other[i / 2][0][i % 2][0], other[i / 2][0][i % 2][1]);
+          }
         }
       }
       if (Gradient && !out) continue;
@@ -864,7 +935,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       const int row = of.row + s * step * d;
       if (!Aligned && of.column + a.column_shift < 0) {  // copies began before the rows
 #pragma unroll
-        for (int i = 0; i < 16; ++i)
+        for (int i = 0; i < 2 * N; ++i)
           if ((i / 2 / J * 8 + 2 * q + i % 2) * J + i / 2 % J + of.column + a.column_shift < 0)
             for (int k = 0; k < 4; ++k) acc[k / 2][i / 2][i % 2 + k % 2 * 2] = initial;
       }
@@ -872,11 +943,15 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
         const auto& from = acc[i / 16];
-        const int h = i / 8 % 2 * 2, k = i % 8 / J * J, j = i % J * 2;
-        const Packed<T, 2> pair = pack<T, 2>({from[k + j % J][h + j / J], from[k + j % J + 1][h + j / J]});
-        nan = max_nan<T>(nan, packed[i / 16][i / 8 % 2][i % 8] = reinterpret_cast<const uint32_t&>(pair));
+        const int h = i / 8 % 2 * 2, k = i % 8 / words * J, j = i % words * per_word;
+        float pair[per_word];
+#pragma unroll
+        for (int v = 0; v < per_word; ++v) pair[v] = from[k + j % J + v][h + j / J];
+        const Packed<T, per_word> word = pack<T>(pair);
+        nan = max_nan<T>(nan, packed[i / 16][i / 8 % 2][i % 8] = reinterpret_cast<const uint32_t&>(word));
       }
-      if (__any_sync(~0u, (nan & 0x7fff) > infinity || (nan >> 16 & 0x7fff) > infinity)) {
+      const Packed<T, per_word> most = reinterpret_cast<const Packed<T, per_word>&>(nan);
+      if (__any_sync(~0u, isnan(widen(most.at[0])) || isnan(widen(most.at[per_word - 1])))) {
         redo(a, in, weight, initial, out, of.n, c, row, of.column);
         continue;
       }
@@ -889,8 +964,8 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
-          for (int group = 0; group < 8 / J; ++group) {
-            const uint32_t* const v = packed[half][h] + group * J;
+          for (int group = 0; group < N / J; ++group) {
+            const uint32_t* const v = packed[half][h] + group * words;
             const int r = g + 8 * h, column = (group * 8 + 2 * q) * J;
             if constexpr (Aligned) {
               if (r < rows && of.column + column < a.out_width) store_16(to + int64_t(r) * d * a.out_width + column, make_uint4(v[0], v[1], v[2], v[3]));
@@ -932,9 +1007,8 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   }
 
   if (Gradient) {
-    float sum = bias_sum[0] + bias_sum[1];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
+    float sum = bias_sum[0] + bias_sum[1];  // of all lanes, or those of a quad, for the quads have the same
+    for (int o = P > 1 ? 16 : 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     await_copies<0>();
     __syncwarp();
     if (lane == 0) *reinterpret_cast<float*>(mine) = sum;
@@ -996,15 +1070,17 @@ ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, boo
   Toeplitz& a = plan.a;
   const Device& device = current_device();
   const bool gradient = has_dots || has_bias_sum;
+  const int size = p.type == Type::f32 ? 4 : 2, strip = strip_bytes / size;
   // 32-bit indices of strips, columns and rows; all of grad_output is met by some row of x.
-  plan.applies = (p.type == Type::f16 || p.type == Type::bf16) && !p.channels_last && p.stride_h == 1 && p.stride_w == 1 && device.capability >= 8 &&
+  plan.applies = p.type != Type::f64 && !p.channels_last && p.stride_h == 1 && p.stride_w == 1 && device.capability >= 8 &&
                  std::max({p.C * p.N * ceil_div(p.W_out, strip - overlap), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation}) < 1 << 28 &&
                  (!has_bias_sum || (p.padding_h <= (p.K - 1) * p.dilation && p.H >= p.dilation));
-  plan.aligned = p.padding_w == 0 && p.W % 8 == 0;
+  plan.aligned = p.padding_w == 0 && p.W * size % 16 == 0;
   for (const void* at : {in, x, out}) plan.aligned = plan.aligned && reinterpret_cast<uintptr_t>(at) % 16 == 0;
+  plan.applies = plan.applies && (size == 2 || plan.aligned);
   // Where it pays, by measurement.
   const int64_t H = ceil_div(transposed ? p.H : p.H_out, p.dilation);
-  plan.applies = plan.applies && p.K > (plan.aligned && !transposed ? 3 : 2) && 3 * p.W * H > round_up(p.W, strip) * round_up(H, step);
+  plan.applies = plan.applies && p.K > (size == 4 ? 21 : plan.aligned && !transposed ? 3 : 2) && 3 * p.W * H > round_up(p.W, strip) * round_up(H, step);
   if (!plan.applies) return plan;
   a.K = p.K, a.tiles = (p.K + 14) / 16 + 1, a.C = p.C;
   a.reversed = transposed, a.has_dots = has_dots, a.has_bias_sum = has_bias_sum;
@@ -1016,8 +1092,8 @@ ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, boo
   a.column_begin = has_bias_sum ? -p.padding_w : 0;
   const int64_t columns = has_bias_sum ? p.W_out : a.out_width;  // all columns of grad_output
   a.dilation = p.dilation;
-  const auto multiples = [](int bytes, const void* at, int column, int width) {
-    return (reinterpret_cast<uintptr_t>(at) + column * 2) % bytes == 0 && width * 2 % bytes == 0;
+  const auto multiples = [&](int bytes, const void* at, int column, int width) {
+    return (reinterpret_cast<uintptr_t>(at) + column * size) % bytes == 0 && width * size % bytes == 0;
   };
   a.in_even = multiples(4, in, a.column_begin + a.column_shift, a.in_width);
   a.x_even = multiples(4, x, a.column_begin, a.out_width), a.out_even = multiples(4, out, a.column_begin, a.out_width);
@@ -1034,9 +1110,9 @@ ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, boo
   a.dots_offset = a.x_offset + (has_dots ? step * a.x_pitch + 16 : 0);
   a.out_offset = a.dots_offset + (has_dots ? a.tiles * 1024 : 0);
   a.warp_bytes = round_up(a.out_offset + (plan.aligned ? 0 : 16 * a.out_pitch + 16), 16);
-  const auto shared = [&](int warps) { return round_up(4 * (16 * a.tiles + 16), 16) + warps * a.warp_bytes; };
+  const auto shared = [&](int warps) { return (size == 4 ? 3 : 1) * 4 * (16 * a.tiles + 24) + warps * a.warp_bytes; };
   const auto resident = [&](int warps) {  // blocks of a multiprocessor
-    return std::min<int64_t>(resident_blocks(gradient, plan.aligned) * 4 / warps, device.shared_per_multiprocessor / (shared(warps) + 1024));
+    return std::min<int64_t>(resident_blocks(gradient, plan.aligned, size) * 4 / warps, device.shared_per_multiprocessor / (shared(warps) + 1024));
   };
   double most = 0;
   for (int warps : {4, 2, 1}) {  // as many busy ones as registers and shared memory have room for; preferably 4, which read 512 bytes of a row
@@ -1066,7 +1142,7 @@ ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, boo
 template <class T, bool Gradient>
 const char* toeplitz_launch(const ToeplitzPlan& plan, const void* in, const void* x, const void* weight, const void* bias, void* out, float* partial,
                             cudaStream_t stream) {
-  const auto kernel = plan.aligned ? toeplitz<T, true, Gradient> : toeplitz<T, false, Gradient>;
+  const auto kernel = plan.aligned ? toeplitz<T, true, Gradient> : toeplitz<T, std::is_same_v<T, float>, Gradient>;
   if (plan.shared > 48 << 10)
     if (const char* error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)))) return error;
   kernel<<<plan.a.C * plan.a.splits, plan.warps * 32, plan.shared, stream>>>(plan.a, (const T*)in, (const T*)x, (const T*)weight, (const T*)bias, (T*)out, partial);
@@ -1077,7 +1153,7 @@ const char* toeplitz_launch(const ToeplitzPlan& plan, const void* in, const void
 bool toeplitz_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
   const ToeplitzPlan plan = toeplitz_plan(p, false, false, false, x, nullptr, y);
   if (!plan.applies) return false;
-  const auto launch = p.type == Type::f16 ? toeplitz_launch<__half, false> : toeplitz_launch<__nv_bfloat16, false>;
+  const auto launch = p.type == Type::f32 ? toeplitz_launch<float, false> : p.type == Type::f16 ? toeplitz_launch<__half, false> : toeplitz_launch<__nv_bfloat16, false>;
   error = launch(plan, x, nullptr, weight, bias, y, nullptr, cudaStream_t(stream));
   return true;
 }
@@ -1097,7 +1173,7 @@ bool toeplitz_backward(const Problem& p, const void* grad_output, const void* x,
     config.numAttrs = current_device().capability >= 9;
     return check(cudaLaunchKernelEx(&config, toeplitz_reduce<T>, plan.a, p, (const float*)partial, (const T*)grad_output, (const T*)x, (T*)grad_weight, (T*)grad_bias));
   };
-  error = p.type == Type::f16 ? launch.template operator()<__half>() : launch.template operator()<__nv_bfloat16>();
+  error = p.type == Type::f32 ? launch.template operator()<float>() : p.type == Type::f16 ? launch.template operator()<__half>() : launch.template operator()<__nv_bfloat16>();
   return true;
 }
 // ---- end of the part for tensor cores ----
