@@ -427,7 +427,6 @@ template <class T, bool Gradient, class F> auto choose(const Problem& p, std::in
       if constexpr (sizeof(T) > 2) return layout.template operator()<4, Gradient ? 5 : 7, 7, Gradient ? 4 : 8>();
       else if (p.channels_last) return f.template operator()<4, Gradient ? 4 : 8, 7, true>();
     }
-    if (p.H <= 8 && !p.channels_last) return f.template operator()<1, 8, 7, false>();
     return layout.template operator()<1, 16, 7>();
   }
 }
