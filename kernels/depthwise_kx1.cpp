@@ -84,18 +84,20 @@ struct View { int64_t rows, width, col, step, px, row, lane; };
 template <class R> struct Rows {
   R* data;
   int64_t stride, lanes = 1, skip = 0;
-  int64_t at(int64_t slot) const { return skip ? slot + slot / lanes * skip : slot; }
+  int64_t at(int64_t slot) const { return skip ? slot + uint32_t(slot) / uint32_t(lanes) * skip : slot; }
 };
 // Rows [row, row + rows), pixel columns [q, q + nq), and how many of the lanes exist
 struct Tile { int64_t row, rows, q, nq, lanes, present; };
 
 // The taps [0, n) in numbers that are compiled: f(first, number)
 template <int N> using Number = std::integral_constant<int, N>;
-template <class F> INLINE void each_taps(int64_t n, const F& f) {
+template <int MOST, class F> INLINE void each_taps(int64_t n, const F& f) {
   int64_t k = 0;
-  for (; n - k >= 7; k += 7) f(k, Number<7>());
-  if (n - k >= 5) f(k, Number<5>()), k += 5;
-  if (n - k >= 3) f(k, Number<3>()), k += 3;
+  if constexpr (MOST >= 7) {
+    for (; n - k >= 7; k += 7) f(k, Number<7>());
+    if (n - k >= 5) f(k, Number<5>()), k += 5;
+  }
+  for (; n - k >= 3; k += 3) f(k, Number<3>());
   for (; k < n; k++) f(k, Number<1>());
 }
 
@@ -107,16 +109,21 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   typedef Word U __attribute__((vector_size(BYTES)));
   typedef R Bits __attribute__((vector_size(BYTES), aligned(2), may_alias));  // of any type
   static constexpr int64_t size = BYTES / sizeof(R);
+#if defined(__x86_64__)
+  static constexpr int most = BYTES == 16 ? 3 : 7;  // less code for old processors
+#else
+  static constexpr int most = 7;
+#endif
 
-  // As many numbers of type T as fill a vector: as n vectors of R, of which two hold the even and the odd ones
-  template <class T> static constexpr int n = sizeof(T) > 2 ? 1 : 2;
-  template <class T> static constexpr int64_t at_once = n<T> * size;
+  // As many numbers of type T as fill a vector: as one vector of R or two, the even and the odd ones
+  template <class T> static constexpr int vectors = sizeof(T) > 2 ? 1 : 2;
+  template <class T> static constexpr int64_t at_once = vectors<T> * size;
   template <class T> static INLINE void get(V* v, const T* p) {
     v[0] = *(const Bits*)p;
-    if constexpr (n<T> == 2) v[1] = widen<V>((T*)0, (U)v[0] & 0xffff0000u), v[0] = widen<V>((T*)0, (U)v[0] << 16);
+    if constexpr (vectors<T> == 2) v[1] = widen<V>((T*)0, (U)v[0] & 0xffff0000u), v[0] = widen<V>((T*)0, (U)v[0] << 16);
   }
   template <class T> static INLINE void put(T* p, const V* v) {
-    if constexpr (n<T> == 1) *(Bits*)p = v[0];
+    if constexpr (vectors<T> == 1) *(Bits*)p = v[0];
     else *(Bits*)p = (V)(narrow<U>((T*)0, v[0]) >> 16 | (narrow<U>((T*)0, v[1]) & 0xffff0000u));
   }
 
@@ -168,7 +175,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       i = std::min(i, count - step);
       V v[2];
       get(v, src + i);
-      if constexpr (n<T> == 2) mix(v[0], v[1]), *(V*)(dst + i + size) = v[1];
+      if constexpr (vectors<T> == 2) mix(v[0], v[1]), *(V*)(dst + i + size) = v[1];
       *(V*)(dst + i) = v[0];
       asm volatile("");
     }
@@ -180,7 +187,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     for (; count >= step && i < count; i += step) {
       i = std::min(i, count - step);
       V v[2] = {*(const V*)(src + i)};
-      if constexpr (n<T> == 2) v[1] = *(const V*)(src + i + size), divide(v[0], v[1]);
+      if constexpr (vectors<T> == 2) v[1] = *(const V*)(src + i + size), divide(v[0], v[1]);
       put(dst + i, v);
       asm volatile("");
     }
@@ -193,7 +200,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     for (; i + size < count; i += size) {
       V v[2];
       get(v, src + 2 * i);
-      if constexpr (n<T> == 1) v[1] = *(const V*)(src + 2 * i + size), divide(v[0], v[1]);
+      if constexpr (vectors<T> == 1) v[1] = *(const V*)(src + 2 * i + size), divide(v[0], v[1]);
       *(V*)(dst + i) = v[0];
     }
     for (; i < count; i++) { dst[i] = load(src[2 * i]); asm volatile(""); }
@@ -203,7 +210,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     int64_t i = 0;
     for (; i + size < count; i += size) {
       V v[2] = {*(const V*)(src + i), V{} + between};
-      if constexpr (n<T> == 1) mix(v[0], v[1]), *(V*)(dst + 2 * i + size) = v[1];
+      if constexpr (vectors<T> == 1) mix(v[0], v[1]), *(V*)(dst + 2 * i + size) = v[1];
       put(dst + 2 * i, v);
     }
     for (; i < count; i++) { store(dst + 2 * i, src[i]); if (i + 1 < count) store(dst + 2 * i + 1, between); asm volatile(""); }
@@ -227,8 +234,13 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 #pragma GCC unroll 16
           for (int l = 0; l < size; l++) a[l] = l < t.present ? (V)*(const Bits*)(src + l * v.lane + q) : V{};
           transpose(a);
+          if constexpr (vectors<T> == 1) {
 #pragma GCC unroll 16
-          for (int l = 0; l < size; l++) get((V*)(dst + q * size + l * at_once<T>), (const T*)&a[l]);
+            for (int l = 0; l < size; l++) *(V*)(dst + (q + l) * size) = a[l];
+          } else {
+#pragma GCC unroll 1
+            for (int l = 0; l < size; l++) get((V*)(dst + (q + 2 * l) * size), (const T*)&a[l]);
+          }
         }
       else if (t.lanes == 1 && px == 2)
         get_second(dst, src, nq);
@@ -254,8 +266,13 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
         for (int64_t q = 0; q < nq; q += at_once<T>) {
           q = std::min(q, nq - at_once<T>);
           V a[size];
+          if constexpr (vectors<T> == 1) {
 #pragma GCC unroll 16
-          for (int l = 0; l < size; l++) put((T*)&a[l], (const V*)(src + q * size + l * at_once<T>));
+            for (int l = 0; l < size; l++) a[l] = *(const V*)(src + (q + l) * size);
+          } else {
+#pragma GCC unroll 1
+            for (int l = 0; l < size; l++) put((T*)&a[l], (const V*)(src + (q + 2 * l) * size));
+          }
           transpose(a);
 #pragma GCC unroll 16
           for (int l = 0; l < size; l++) if (l < t.present) *(Bits*)(dst + l * v.lane + q) = a[l];
@@ -291,39 +308,39 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
   template <class E>
   static INLINE void conv(const Rows<E> out, int64_t out_rows, const Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
-    constexpr int N = BYTES == 64 || n<E> == 1 ? 8 : 4;  // as many sums as registers hold
+    constexpr int N = BYTES == 64 || vectors<E> == 1 ? 8 : 4;  // as many sums as registers hold
     constexpr int64_t step = at_once<E>;
-    const int64_t L = std::lcm(S, D), jump = L / S, every = L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride;
+    const int64_t L = std::lcm(S, D), jump = L / S, every = L / D, wrap = step % period, tail = (slots - step) % period, least = K / every, more = K % every, w_step = every * w_tap, o_step = jump * out.stride;
     for (int64_t start = 0; start < std::min(jump, out_rows); start++)
       for (int64_t m = start; m < out_rows; m += N * jump) {
-        const int64_t count = (out_rows - m + jump - 1) / jump, classes = std::min(every, K);
-        list<N>(table, in, in_rows, m * S + off, L, D, K, every);
+        const int64_t count = std::min<int64_t>(N, (out_rows - m + jump - 1) / jump), classes = std::min(every, K);
+        list<N>(table, in, in_rows, m * S + off, L, D, K, every, count);
         for (int64_t i = 0, j = 0; i < slots; i += step) {
           if (i > slots - step) i = slots - step, j = tail;
           const void** rows = table;
           const E* wj = w + j;
           int64_t at = in.at(i);
           asm("" : "+r"(rows), "+r"(wj), "+r"(at));
-          V sum[N][n<E>];
+          V sum[N][vectors<E>];
 #pragma GCC unroll 8
           for (int r = 0; r < N; r++) get(sum[r], init + j);
           for (int64_t c = 0; c < classes; c++, wj += w_tap) {
-            const int64_t taps = every == 1 ? K : (K - 1 - c) / every + 1;
-            each_taps(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
+            const int64_t taps = least + (c < more);
+            each_taps<most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
               constexpr int T = number;
-              V wk[T][n<E>];
+              V wk[T][vectors<E>];
               const E* from = wj + k * w_step;
 #pragma GCC unroll 8
               for (int t = 0; t < T; t++, from += w_step) get(wk[t], from);
 #pragma GCC unroll 16
               for (int p = 0; p < N + T - 1; p++)
                 if (const E* row = (const E*)rows[k + p]) {
-                  V v[n<E>];
+                  V v[vectors<E>];
                   get(v, row + at);
 #pragma GCC unroll 8
                   for (int t = 0; t < T; t++)
                     if (p - t >= 0 && p - t < N)
-                      for (int h = 0; h < n<E>; h++) sum[p - t][h] += wk[t][h] * v[h];
+                      for (int h = 0; h < vectors<E>; h++) sum[p - t][h] += wk[t][h] * v[h];
                 }
             });
             rows += taps + N - 1;
@@ -345,17 +362,17 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     for (int r = 0; r < N; r++, from += L * in.stride) __builtin_prefetch(from);
   }
   // For each class of taps, k = c, c + every, ..., the rows that they and N rows of output meet
-  template <int N, class E> static INLINE void list(const void** table, const Rows<const E>& in, int64_t in_rows, int64_t first, int64_t L, int64_t D, int64_t K, int64_t every) {
+  template <int N, class E> static INLINE void list(const void** table, const Rows<const E>& in, int64_t in_rows, int64_t first, int64_t L, int64_t D, int64_t K, int64_t every, int64_t count) {
     for (int64_t c = 0; c < std::min(every, K); c++, first += D)
-      for (int64_t p = 0, n = (K - 1 - c) / every + N, q = first; p < n; p++, q += L) *table++ = q >= 0 && q < in_rows ? in.data + q * in.stride : nullptr;
+      for (int64_t p = 0, n = (K - 1 - c) / every + N, q = first; p < n; p++, q += L) *table++ = q >= 0 && q < in_rows && p <= n - N + count - 1 ? in.data + q * in.stride : nullptr;
   }
 
   // Sums of tap k += rows m of g times those rows m * S + off + k * D of x that exist. Slots share a sum every `period`; those of a last, overlapping vector have their own.
   template <int N, class E>
   static INLINE void dots(R* sums, int64_t tap, const Rows<const E> g, int64_t m, const Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t L, int64_t period, int64_t slots, const void** table) {
     constexpr int64_t width = at_once<E>;
-    const int64_t every = L / D, step = every * tap, classes = std::min(every, K), g_step = L / S * g.stride;
-    list<N>(table, x, x_rows, m * S + off, L, D, K, every);
+    const int64_t every = L / D, step = every * tap, classes = std::min(every, K), least = K / every, more = K % every, g_step = L / S * g.stride;
+    list<N>(table, x, x_rows, m * S + off, L, D, K, every, N);
     for (int64_t i = 0, s = 0; i < slots; i += width) {
       if (i > slots - width) i = slots - width, s = period;
       const void** rows = table;
@@ -364,31 +381,31 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       const E* gi = g.data + m * g.stride + g.at(i);
       asm("" : "+r"(rows), "+r"(to), "+r"(at), "+r"(gi));
       prefetch<N>(x, m * S + off + (K - 1) * D + N * L, L, at);
-      V gr[N][n<E>];
+      V gr[N][vectors<E>];
 #pragma GCC unroll 8
       for (int r = 0; r < N; r++, gi += g_step) get(gr[r], gi);
       for (int64_t c = 0; c < classes; c++, to += tap) {
-        const int64_t taps = every == 1 ? K : (K - 1 - c) / every + 1;
-        each_taps(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
+        const int64_t taps = least + (c < more);
+        each_taps<most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
           constexpr int T = number;
-          V sum[T][n<E>];
+          V sum[T][vectors<E>];
           R* first = to + k * step;
 #pragma GCC unroll 8
           for (int t = 0; t < T; t++)
-            for (int h = 0; h < n<E>; h++) sum[t][h] = *(const V*)(first + t * step + h * size);
+            for (int h = 0; h < vectors<E>; h++) sum[t][h] = *(const V*)(first + t * step + h * size);
 #pragma GCC unroll 16
           for (int p = 0; p < N + T - 1; p++)
             if (const E* row = (const E*)rows[k + p]) {
-              V v[n<E>];
+              V v[vectors<E>];
               get(v, row + at);
 #pragma GCC unroll 8
               for (int t = 0; t < T; t++)
                 if (p - t >= 0 && p - t < N)
-                  for (int h = 0; h < n<E>; h++) sum[t][h] += gr[p - t][h] * v[h];
+                  for (int h = 0; h < vectors<E>; h++) sum[t][h] += gr[p - t][h] * v[h];
             }
 #pragma GCC unroll 8
           for (int t = 0; t < T; t++)
-            for (int h = 0; h < n<E>; h++) *(V*)(first + t * step + h * size) = sum[t][h];
+            for (int h = 0; h < vectors<E>; h++) *(V*)(first + t * step + h * size) = sum[t][h];
         });
         rows += taps + N - 1;
       }
@@ -400,7 +417,8 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     const int64_t L = std::lcm(S, D), jump = L / S;
     for (int64_t start = 0; start < std::min(jump, g_rows); start++) {
       int64_t m = start;
-      for (; m + 6 * jump < g_rows; m += 7 * jump) dots<7>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
+      if constexpr (most >= 7)
+        for (; m + 6 * jump < g_rows; m += 7 * jump) dots<7>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
       for (; m + jump < g_rows; m += 2 * jump) dots<2>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
       for (; m < g_rows; m += jump) dots<1>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
     }
