@@ -346,6 +346,9 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
             rows += taps + N - 1;
           }
           prefetch<N>(in, m * S + off + (K - 1) * D + N * L, L, at);
+          if (in.skip)  // nor does it foresee what comes behind a gap
+            for (const void** row = table; row < rows; row++)
+              if (*row) __builtin_prefetch((const E*)*row + at + 2 * (in.lanes + in.skip));
           E* to = out.data + m * out.stride + out.at(i);
 #pragma GCC unroll 8
           for (int r = 0; r < N; r++, to += o_step)
