@@ -49,66 +49,82 @@ struct BFloat16 { uint16_t bits; };
 template <class To, class From> INLINE To bit_cast(const From& from) { To to; static_assert(sizeof to == sizeof from); std::memcpy(&to, &from, sizeof to); return to; }
 
 // 16-bit types from and to float, for numbers (U = uint32_t, F = float) and vectors of them; to nearest even.
-template <class F, class U> INLINE F widen(BFloat16*, const U& h) { return bit_cast<F>(h << 16); }
+// The 16 bits are the upper ones of a U; below them, widen expects zeros and narrow leaves anything.
+template <class F, class U> INLINE F widen(BFloat16*, const U& h) { return bit_cast<F>(h); }
 template <class F, class U> INLINE F widen(Half*, const U& h) {  // subnormals by a subtraction, which rounds nothing
-  U m = (h & 0x7fffu) << 13, normal = m + (m >= 0x0f800000u ? m - m + 0x70000000u : m - m + 0x38000000u);
+  U m = (h & 0x7fff0000u) >> 3, normal = m + (m >= 0x0f800000u ? m - m + 0x70000000u : m - m + 0x38000000u);
   U subnormal = bit_cast<U>(bit_cast<F>(m + 0x38800000u) - 6.103515625e-5f);
-  return bit_cast<F>((m < 0x00800000u ? subnormal : normal) | (h & 0x8000u) << 16);
+  return bit_cast<F>((m < 0x00800000u ? subnormal : normal) | (h & 0x80000000u));
 }
 template <class U, class F> INLINE U narrow(BFloat16*, const F& v) {
-  U u = bit_cast<U>(v), r = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
-  return (u & 0x7fffffffu) > 0x7f800000u ? u - u + 0x7fc0u : r;
+  U u = bit_cast<U>(v);
+  return (u & 0x7fffffffu) > 0x7f800000u ? u - u + 0x7fc00000u : u + 0x7fffu + (u >> 16 & 1u);
 }
 template <class U, class F> INLINE U narrow(Half*, const F& v) {  // adding 0.5 rounds what becomes subnormal
   U b = bit_cast<U>(v), u = b & 0x7fffffffu, r = (u - 0x38000000u + 0xfffu + (u >> 13 & 1u)) >> 13;
   r = u < 0x38800000u ? bit_cast<U>(bit_cast<F>(u) + 0.5f) - 0x3f000000u : r;
   r = u >= 0x47800000u ? u - u + 0x7c00u : r;
   r = u > 0x7f800000u ? u - u + 0x7e00u : r;
-  return r | (b >> 16 & 0x8000u);
+  return r << 16 | (b & 0x80000000u);
 }
 template <class T> INLINE auto load(T v) {
   if constexpr (sizeof(T) > 2) return v;
-  else return widen<float>((T*)0, uint32_t(v.bits));
+  else return widen<float>((T*)0, uint32_t(v.bits) << 16);
 }
 template <class T, class R> INLINE void store(T* p, R v) {
   if constexpr (sizeof(T) > 2) *p = v;
-  else p->bits = uint16_t(narrow<uint32_t>((T*)0, v));
+  else p->bits = narrow<uint32_t>((T*)0, v) >> 16;
 }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }  // b > 0
 INLINE int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return std::max(lo, std::min(v, hi)); }
 
 // Pixel column q of lane l of row r of an image lies at r * row + (col + q * step) * px + l * lane.
 struct View { int64_t rows, width, col, step, px, row, lane; };
-template <class R> struct Rows { R* data; int64_t stride; };
+// Rows of slots; behind each `lanes` of them, `skip` numbers that are none
+template <class R> struct Rows {
+  R* data;
+  int64_t stride, lanes = 1, skip = 0;
+  int64_t at(int64_t slot) const { return skip ? slot + uint32_t(slot) / uint32_t(lanes) * skip : slot; }
+};
 // Rows [row, row + rows), pixel columns [q, q + nq), and how many of the lanes exist
 struct Tile { int64_t row, rows, q, nq, lanes, present; };
 
 // The taps [0, n) in numbers that are compiled: f(first, number)
 template <int N> using Number = std::integral_constant<int, N>;
-template <class F> INLINE void each_taps(int64_t n, const F& f) {
+template <int MOST, class F> INLINE void each_taps(int64_t n, const F& f) {
   int64_t k = 0;
-  for (; n - k >= 7; k += 7) f(k, Number<7>());
-  if (n - k >= 5) f(k, Number<5>()), k += 5;
-  if (n - k >= 3) f(k, Number<3>()), k += 3;
+  if constexpr (MOST >= 7) {
+    for (; n - k >= 7; k += 7) f(k, Number<7>());
+    if (n - k >= 5) f(k, Number<5>()), k += 5;
+  }
+  for (; n - k >= 3; k += 3) f(k, Number<3>());
   for (; k < n; k++) f(k, Number<1>());
 }
 
-// One vector of R, and the loops written with it
-template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> struct Vector {
+// Vectors of R, and the loops written with them
+template <class R, int BYTES, class Word = uint32_t> struct Vector {
   typedef R V __attribute__((vector_size(BYTES), aligned(sizeof(R)), may_alias));
   typedef std::conditional_t<sizeof(R) == 8, int64_t, int32_t> Int;
   typedef Int I __attribute__((vector_size(BYTES)));
   typedef Word U __attribute__((vector_size(BYTES)));
-  typedef Short H __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
+  typedef R Bits __attribute__((vector_size(BYTES), aligned(2), may_alias));  // of any type
   static constexpr int64_t size = BYTES / sizeof(R);
+#if defined(__x86_64__)
+  static constexpr int most = BYTES == 16 ? 3 : 7;  // less code for old processors
+#else
+  static constexpr int most = 7;
+#endif
 
-  template <class T> static INLINE V get(const T* p) {
-    if constexpr (sizeof(T) > 2) return *(const V*)p;
-    else return widen<V>((T*)0, __builtin_convertvector(*(const H*)p, U));
+  // As many numbers of type T as fill a vector: as one vector of R or two, the even and the odd ones
+  template <class T> static constexpr int vectors = sizeof(T) > 2 ? 1 : 2;
+  template <class T> static constexpr int64_t at_once = vectors<T> * size;
+  template <class T> static INLINE void get(V* v, const T* p) {
+    v[0] = *(const Bits*)p;
+    if constexpr (vectors<T> == 2) v[1] = widen<V>((T*)0, (U)v[0] & 0xffff0000u), v[0] = widen<V>((T*)0, (U)v[0] << 16);
   }
-  template <class T> static INLINE void put(T* p, const V& v) {
-    if constexpr (sizeof(T) > 2) *(V*)p = v;
-    else *(H*)p = __builtin_convertvector(narrow<U>((T*)0, v), H);
+  template <class T> static INLINE void put(T* p, const V* v) {
+    if constexpr (vectors<T> == 1) *(Bits*)p = v[0];
+    else *(Bits*)p = (V)(narrow<U>((T*)0, v[0]) >> 16 | (narrow<U>((T*)0, v[1]) & 0xffff0000u));
   }
 
   static INLINE V shuffle(const V& a, const V& b, const I& from) {  // from: of a's elements, then b's
@@ -119,6 +135,22 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
 #else
     return __builtin_shuffle(a, b, from);
 #endif
+  }
+
+  // The even numbers and the odd ones of a and b; a and b again
+  static INLINE void divide(V& a, V& b) {
+    I even;
+#pragma GCC unroll 16
+    for (int e = 0; e < size; e++) even[e] = 2 * e;
+    const V c = a;
+    a = shuffle(c, b, even), b = shuffle(c, b, even + 1);
+  }
+  static INLINE void mix(V& a, V& b) {
+    I low;
+#pragma GCC unroll 16
+    for (int e = 0; e < size; e++) low[e] = e % 2 * size + e / 2;
+    const V c = a;
+    a = shuffle(c, b, low), b = shuffle(c, b, low + size / 2);
   }
 
   // a[i][j] <-> a[j][i], by exchanging blocks of half the size, then within the blocks
@@ -135,47 +167,53 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     if constexpr (S > 1) transpose<S / 2>(a);
   }
 
-  // n contiguous numbers; the last vector overlaps the one before. (The asm keeps the compiler from calling memcpy, which is slow here.)
-  template <class T> static INLINE void get(R* dst, const T* src, int64_t n) {
+  // n contiguous numbers; the last vectors overlap those before. (The asm keeps the compiler from calling memcpy, which is slow here.)
+  template <class T> static INLINE void get(R* dst, const T* src, int64_t count) {
+    constexpr int64_t step = at_once<T>;
     int64_t i = 0;
-    for (; n >= size && i < n; i += size) {
-      i = std::min(i, n - size);
-      *(V*)(dst + i) = get(src + i);
+    for (; count >= step && i < count; i += step) {
+      i = std::min(i, count - step);
+      V v[2];
+      get(v, src + i);
+      if constexpr (vectors<T> == 2) mix(v[0], v[1]), *(V*)(dst + i + size) = v[1];
+      *(V*)(dst + i) = v[0];
       asm volatile("");
     }
-    for (; i < n; i++) { dst[i] = load(src[i]); asm volatile(""); }
+    for (; i < count; i++) { dst[i] = load(src[i]); asm volatile(""); }
   }
-  template <class T> static INLINE void put(T* dst, const R* src, int64_t n) {
+  template <class T> static INLINE void put(T* dst, const R* src, int64_t count) {
+    constexpr int64_t step = at_once<T>;
     int64_t i = 0;
-    for (; n >= size && i < n; i += size) {
-      i = std::min(i, n - size);
-      put(dst + i, *(const V*)(src + i));
+    for (; count >= step && i < count; i += step) {
+      i = std::min(i, count - step);
+      V v[2] = {*(const V*)(src + i)};
+      if constexpr (vectors<T> == 2) v[1] = *(const V*)(src + i + size), divide(v[0], v[1]);
+      put(dst + i, v);
       asm volatile("");
     }
-    for (; i < n; i++) { store(dst + i, src[i]); asm volatile(""); }
+    for (; i < count; i++) { store(dst + i, src[i]); asm volatile(""); }
   }
 
-  // Every second of 2 n - 1 numbers
-  template <class T> static INLINE void get_second(R* dst, const T* src, int64_t n) {
-    I even;
-#pragma GCC unroll 16
-    for (int e = 0; e < size; e++) even[e] = 2 * e;
+  // Every second of 2 count - 1 numbers
+  template <class T> static INLINE void get_second(R* dst, const T* src, int64_t count) {
     int64_t i = 0;
-    for (; i + size < n; i += size) *(V*)(dst + i) = shuffle(get(src + 2 * i), get(src + 2 * i + size), even);
-    for (; i < n; i++) { dst[i] = load(src[2 * i]); asm volatile(""); }
+    for (; i + size < count; i += size) {
+      V v[2];
+      get(v, src + 2 * i);
+      if constexpr (vectors<T> == 1) v[1] = *(const V*)(src + 2 * i + size), divide(v[0], v[1]);
+      *(V*)(dst + i) = v[0];
+    }
+    for (; i < count; i++) { dst[i] = load(src[2 * i]); asm volatile(""); }
   }
   // and into every second, with `between` among them
-  template <class T> static INLINE void put_second(T* dst, const R* src, int64_t n, R between) {
-    I low, high;
-    V b = V{} + between;
-#pragma GCC unroll 16
-    for (int e = 0; e < size; e++) low[e] = e % 2 * size + e / 2, high[e] = low[e] + size / 2;
+  template <class T> static INLINE void put_second(T* dst, const R* src, int64_t count, R between) {
     int64_t i = 0;
-    for (; i + size < n; i += size) {
-      const V a = *(const V*)(src + i);
-      put(dst + 2 * i, shuffle(a, b, low)), put(dst + 2 * i + size, shuffle(a, b, high));
+    for (; i + size < count; i += size) {
+      V v[2] = {*(const V*)(src + i), V{} + between};
+      if constexpr (vectors<T> == 1) mix(v[0], v[1]), *(V*)(dst + 2 * i + size) = v[1];
+      put(dst + 2 * i, v);
     }
-    for (; i < n; i++) { store(dst + 2 * i, src[i]); if (i + 1 < n) store(dst + 2 * i + 1, between); asm volatile(""); }
+    for (; i < count; i++) { store(dst + 2 * i, src[i]); if (i + 1 < count) store(dst + 2 * i + 1, between); asm volatile(""); }
   }
 
   // Slots that do not exist are zero.
@@ -189,15 +227,20 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       const T* from = src;
       if (run > (px > 1))
         for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run);
-      else if (t.lanes == size && px == 1 && nq >= size)
-        for (int64_t q = 0; q < nq; q += size) {
-          q = std::min(q, nq - size);  // the last ones again, rather than fewer
+      else if (t.lanes == size && px == 1 && nq >= at_once<T>)
+        for (int64_t q = 0; q < nq; q += at_once<T>) {
+          q = std::min(q, nq - at_once<T>);  // the last ones again, rather than fewer
           V a[size];
 #pragma GCC unroll 16
-          for (int l = 0; l < size; l++) a[l] = l < t.present ? get(src + l * v.lane + q) : V{};
+          for (int l = 0; l < size; l++) a[l] = l < t.present ? (V)*(const Bits*)(src + l * v.lane + q) : V{};
           transpose(a);
+          if constexpr (vectors<T> == 1) {
 #pragma GCC unroll 16
-          for (int l = 0; l < size; l++) *(V*)(dst + (q + l) * size) = a[l];
+            for (int l = 0; l < size; l++) *(V*)(dst + (q + l) * size) = a[l];
+          } else {
+#pragma GCC unroll 1
+            for (int l = 0; l < size; l++) get((V*)(dst + (q + 2 * l) * size), (const T*)&a[l]);
+          }
         }
       else if (t.lanes == 1 && px == 2)
         get_second(dst, src, nq);
@@ -219,15 +262,20 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       T* to = dst;
       if (run > (px > 1))
         for (int64_t i = 0; i < n; i += run, to += px) put(to, src + i, run);
-      else if (t.lanes == size && px == 1 && nq >= size)
-        for (int64_t q = 0; q < nq; q += size) {
-          q = std::min(q, nq - size);
+      else if (t.lanes == size && px == 1 && nq >= at_once<T>)
+        for (int64_t q = 0; q < nq; q += at_once<T>) {
+          q = std::min(q, nq - at_once<T>);
           V a[size];
+          if constexpr (vectors<T> == 1) {
 #pragma GCC unroll 16
-          for (int l = 0; l < size; l++) a[l] = *(const V*)(src + (q + l) * size);
+            for (int l = 0; l < size; l++) a[l] = *(const V*)(src + (q + l) * size);
+          } else {
+#pragma GCC unroll 1
+            for (int l = 0; l < size; l++) put((T*)&a[l], (const V*)(src + (q + 2 * l) * size));
+          }
           transpose(a);
 #pragma GCC unroll 16
-          for (int l = 0; l < size; l++) if (l < t.present) put(dst + l * v.lane + q, a[l]);
+          for (int l = 0; l < size; l++) if (l < t.present) *(Bits*)(dst + l * v.lane + q) = a[l];
         }
       else if (t.lanes == 1 && px == 2)
         put_second(dst, src, nq, *values);
@@ -259,41 +307,49 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   // both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all. Weights and init repeat every `period` slots.
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
   template <class E>
-  static INLINE void conv(const Rows<E> out, int64_t out_rows, const Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const R* w, int64_t w_tap, const R* init, int64_t period, int64_t slots, const void** table) {
-    constexpr int N = 8;
-    const int64_t L = std::lcm(S, D), jump = L / S, every = L / D, wrap = size % period, tail = (slots - size) % period, w_step = every * w_tap, o_step = jump * out.stride;
+  static INLINE void conv(const Rows<E> out, int64_t out_rows, const Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
+    constexpr int N = BYTES == 64 || vectors<E> == 1 ? 8 : 4;  // as many sums as registers hold
+    constexpr int64_t step = at_once<E>;
+    const int64_t L = std::lcm(S, D), jump = L / S, every = L / D, wrap = step % period, tail = (slots - step) % period, least = K / every, more = K % every, w_step = every * w_tap, o_step = jump * out.stride;
     for (int64_t start = 0; start < std::min(jump, out_rows); start++)
       for (int64_t m = start; m < out_rows; m += N * jump) {
-        const int64_t count = (out_rows - m + jump - 1) / jump, classes = std::min(every, K);
-        list<N>(table, in, in_rows, m * S + off, L, D, K, every);
-        for (int64_t i = 0, j = 0; i < slots; i += size) {
-          if (i > slots - size) i = slots - size, j = tail;
+        const int64_t count = std::min<int64_t>(N, (out_rows - m + jump - 1) / jump), classes = std::min(every, K);
+        list<N>(table, in, in_rows, m * S + off, L, D, K, every, count);
+        for (int64_t i = 0, j = 0; i < slots; i += step) {
+          if (i > slots - step) i = slots - step, j = tail;
           const void** rows = table;
-          const R* wj = w + j;
-          int64_t at = i;
+          const E* wj = w + j;
+          int64_t at = in.at(i);
           asm("" : "+r"(rows), "+r"(wj), "+r"(at));
-          V sum[N];
-          for (int r = 0; r < N; r++) sum[r] = *(const V*)(init + j);
-          for (int64_t c = 0; c < classes; c++, wj += w_tap) {
-            const int64_t n = every == 1 ? K : (K - 1 - c) / every + 1;
-            each_taps(n, [&](int64_t k, auto taps) __attribute__((always_inline)) {
-              constexpr int T = taps;
-              V wk[T];
-              const R* from = wj + k * w_step;
+          V sum[N][vectors<E>];
 #pragma GCC unroll 8
-              for (int t = 0; t < T; t++, from += w_step) wk[t] = *(const V*)from;
+          for (int r = 0; r < N; r++) get(sum[r], init + j);
+          for (int64_t c = 0; c < classes; c++, wj += w_tap) {
+            const int64_t taps = least + (c < more);
+            each_taps<most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
+              constexpr int T = number;
+              V wk[T][vectors<E>];
+              const E* from = wj + k * w_step;
+#pragma GCC unroll 8
+              for (int t = 0; t < T; t++, from += w_step) get(wk[t], from);
 #pragma GCC unroll 16
               for (int p = 0; p < N + T - 1; p++)
                 if (const E* row = (const E*)rows[k + p]) {
-                  const V v = get(row + at);
+                  V v[vectors<E>];
+                  get(v, row + at);
 #pragma GCC unroll 8
-                  for (int t = 0; t < T; t++) if (p - t >= 0 && p - t < N) sum[p - t] += wk[t] * v;
+                  for (int t = 0; t < T; t++)
+                    if (p - t >= 0 && p - t < N)
+                      for (int h = 0; h < vectors<E>; h++) sum[p - t][h] += wk[t][h] * v[h];
                 }
             });
-            rows += n + N - 1;
+            rows += taps + N - 1;
           }
-          prefetch<N>(in, m * S + off + (K - 1) * D + N * L, L, i);
-          E* to = out.data + m * out.stride + i;
+          prefetch<N>(in, m * S + off + (K - 1) * D + N * L, L, at);
+          if (in.skip)  // nor does it foresee what comes behind a gap
+            for (const void** row = table; row < rows; row++)
+              if (*row) __builtin_prefetch((const E*)*row + at + 2 * (in.lanes + in.skip));
+          E* to = out.data + m * out.stride + out.at(i);
 #pragma GCC unroll 8
           for (int r = 0; r < N; r++, to += o_step)
             if (r < count) put(to, sum[r]);
@@ -302,55 +358,61 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       }
   }
   // The rows that the next N meet first: short ones end before the processor foresees them; long ones crowd one another out of the cache.
-  template <int N, class E> static INLINE void prefetch(const Rows<const E>& in, int64_t row, int64_t L, int64_t i) {
+  template <int N, class E> static INLINE void prefetch(const Rows<const E>& in, int64_t row, int64_t L, int64_t at) {
     if (N == 1 || in.stride * sizeof(E) >= 4096) return;
-    const E* at = in.data + row * in.stride + i;
+    const E* from = in.data + row * in.stride + at;
 #pragma GCC unroll 8
-    for (int r = 0; r < N; r++, at += L * in.stride) __builtin_prefetch(at);
+    for (int r = 0; r < N; r++, from += L * in.stride) __builtin_prefetch(from);
   }
   // For each class of taps, k = c, c + every, ..., the rows that they and N rows of output meet
-  template <int N, class E> static INLINE void list(const void** table, const Rows<const E>& in, int64_t in_rows, int64_t first, int64_t L, int64_t D, int64_t K, int64_t every) {
+  template <int N, class E> static INLINE void list(const void** table, const Rows<const E>& in, int64_t in_rows, int64_t first, int64_t L, int64_t D, int64_t K, int64_t every, int64_t count) {
     for (int64_t c = 0; c < std::min(every, K); c++, first += D)
-      for (int64_t p = 0, n = (K - 1 - c) / every + N, q = first; p < n; p++, q += L) *table++ = q >= 0 && q < in_rows ? in.data + q * in.stride : nullptr;
+      for (int64_t p = 0, n = (K - 1 - c) / every + N, q = first; p < n; p++, q += L) *table++ = q >= 0 && q < in_rows && p <= n - N + count - 1 ? in.data + q * in.stride : nullptr;
   }
 
   // Sums of tap k += rows m of g times those rows m * S + off + k * D of x that exist. Slots share a sum every `period`; those of a last, overlapping vector have their own.
   template <int N, class E>
   static INLINE void dots(R* sums, int64_t tap, const Rows<const E> g, int64_t m, const Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t L, int64_t period, int64_t slots, const void** table) {
-    const int64_t every = L / D, step = every * tap, classes = std::min(every, K), g_step = L / S * g.stride;
-    list<N>(table, x, x_rows, m * S + off, L, D, K, every);
-    for (int64_t i = 0, s = 0; i < slots; i += size) {
-      if (i > slots - size) i = slots - size, s = period;
+    constexpr int64_t width = at_once<E>;
+    const int64_t every = L / D, step = every * tap, classes = std::min(every, K), least = K / every, more = K % every, g_step = L / S * g.stride;
+    list<N>(table, x, x_rows, m * S + off, L, D, K, every, N);
+    for (int64_t i = 0, s = 0; i < slots; i += width) {
+      if (i > slots - width) i = slots - width, s = period;
       const void** rows = table;
       R* to = sums + s;
-      int64_t at = i;
-      const E* gi = g.data + m * g.stride + i;
+      int64_t at = x.at(i);
+      const E* gi = g.data + m * g.stride + g.at(i);
       asm("" : "+r"(rows), "+r"(to), "+r"(at), "+r"(gi));
-      prefetch<N>(x, m * S + off + (K - 1) * D + N * L, L, i);
-      V gr[N];
+      prefetch<N>(x, m * S + off + (K - 1) * D + N * L, L, at);
+      V gr[N][vectors<E>];
 #pragma GCC unroll 8
-      for (int r = 0; r < N; r++, gi += g_step) gr[r] = get(gi);
+      for (int r = 0; r < N; r++, gi += g_step) get(gr[r], gi);
       for (int64_t c = 0; c < classes; c++, to += tap) {
-        const int64_t n = every == 1 ? K : (K - 1 - c) / every + 1;
-        each_taps(n, [&](int64_t k, auto taps) __attribute__((always_inline)) {
-          constexpr int T = taps;
-          V sum[T];
+        const int64_t taps = least + (c < more);
+        each_taps<most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
+          constexpr int T = number;
+          V sum[T][vectors<E>];
           R* first = to + k * step;
 #pragma GCC unroll 8
-          for (int t = 0; t < T; t++) sum[t] = *(const V*)(first + t * step);
+          for (int t = 0; t < T; t++)
+            for (int h = 0; h < vectors<E>; h++) sum[t][h] = *(const V*)(first + t * step + h * size);
 #pragma GCC unroll 16
           for (int p = 0; p < N + T - 1; p++)
             if (const E* row = (const E*)rows[k + p]) {
-              const V v = get(row + at);
+              V v[vectors<E>];
+              get(v, row + at);
 #pragma GCC unroll 8
-              for (int t = 0; t < T; t++) if (p - t >= 0 && p - t < N) sum[t] += gr[p - t] * v;
+              for (int t = 0; t < T; t++)
+                if (p - t >= 0 && p - t < N)
+                  for (int h = 0; h < vectors<E>; h++) sum[t][h] += gr[p - t][h] * v[h];
             }
 #pragma GCC unroll 8
-          for (int t = 0; t < T; t++) *(V*)(first + t * step) = sum[t];
+          for (int t = 0; t < T; t++)
+            for (int h = 0; h < vectors<E>; h++) *(V*)(first + t * step + h * size) = sum[t][h];
         });
-        rows += n + N - 1;
+        rows += taps + N - 1;
       }
-      if ((s += size) == period) s = 0;
+      if ((s += width) == period) s = 0;
     }
   }
   template <class E>
@@ -358,8 +420,9 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     const int64_t L = std::lcm(S, D), jump = L / S;
     for (int64_t start = 0; start < std::min(jump, g_rows); start++) {
       int64_t m = start;
-      for (; m + 7 * jump < g_rows; m += 8 * jump) dots<8>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
-      for (; m + 2 * jump < g_rows; m += 3 * jump) dots<3>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
+      if constexpr (most >= 7)
+        for (; m + 6 * jump < g_rows; m += 7 * jump) dots<7>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
+      for (; m + jump < g_rows; m += 2 * jump) dots<2>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
       for (; m < g_rows; m += jump) dots<1>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
     }
   }
@@ -375,20 +438,20 @@ template <class F> __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx
 template <class F> __attribute__((target("avx2,fma"))) void avx2(const F& f) { f(Number<32>()); }
 const int vector_bytes = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 64
                        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 32 : 16;
-template <class F> void simd(const F& f) { vector_bytes == 64 ? avx512(f) : vector_bytes == 32 ? avx2(f) : f(Number<16>()); }
+template <class F> void simd(int bytes, const F& f) { bytes == 64 ? avx512(f) : bytes == 32 ? avx2(f) : f(Number<16>()); }
 #else
 const int vector_bytes = 16;
-template <class F> void simd(const F& f) { f(Number<16>()); }
+template <class F> void simd(int, const F& f) { f(Number<16>()); }
 #endif
-#define SIMD(R, ...) simd([&](auto bytes) __attribute__((always_inline)) { Vector<R, bytes.value>::__VA_ARGS__; })
-template <class R, class T> void pack(const View& v, const T* src, const Tile& t, Rows<R> to) { SIMD(R, pack(v, src, t, to)); }
-template <class R, class T> void unpack(const View& v, T* dst, const Tile& t, Rows<R> from, const R* values) { SIMD(R, unpack(v, dst, t, from, values)); }
-template <class R, class T> void fill(const View& v, T* dst, const Tile& t, int64_t a, int64_t b, const R* values) { SIMD(R, fill(v, dst, t, a, b, values)); }
-template <class R> void flush(double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
-template <class R, class E> void conv(Rows<E> out, int64_t out_rows, Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const R* w, int64_t w_tap, const R* init, int64_t period, int64_t slots, const void** table) {
-  SIMD(R, conv(out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table));
+#define SIMD(R, ...) simd(bytes, [&](auto number) __attribute__((always_inline)) { Vector<R, number.value>::__VA_ARGS__; })
+template <class R, class T> void pack(int bytes, const View& v, const T* src, const Tile& t, Rows<R> to) { SIMD(R, pack(v, src, t, to)); }
+template <class R, class T> void unpack(int bytes, const View& v, T* dst, const Tile& t, Rows<R> from, const R* values) { SIMD(R, unpack(v, dst, t, from, values)); }
+template <class R, class T> void fill(int bytes, const View& v, T* dst, const Tile& t, int64_t a, int64_t b, const R* values) { SIMD(R, fill(v, dst, t, a, b, values)); }
+template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
+template <class E> void conv(int bytes, Rows<E> out, int64_t out_rows, Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
+  SIMD(decltype(load(E())), conv(out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table));
 }
-template <class R, class E> void correlate(R* sums, int64_t tap, Rows<const E> g, int64_t g_rows, Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t period, int64_t slots, const void** table) {
+template <class R, class E> void correlate(int bytes, R* sums, int64_t tap, Rows<const E> g, int64_t g_rows, Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t period, int64_t slots, const void** table) {
   SIMD(R, correlate(sums, tap, g, g_rows, x, x_rows, S, off, D, K, period, slots, table));
 }
 
@@ -401,36 +464,42 @@ struct Job {
   int64_t lanes, channels, images;     // lanes per tile; channels and images as regrouped (narrow planes of few channels)
   int64_t q_begin, q_end, nq, band;    // columns that meet x; columns per tile, rows of out per tile
   int64_t column_tiles, bands, groups, in_rows, slots;
+  int bytes;                           // per vector
   double* sums;                        // of every task, (K + 1) x lanes: weight gradients, bias gradient
 };
 
 template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   using R = decltype(load(T()));
   const Problem& p = j.p;
-  const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = vector_bytes / sizeof(R), ns = j.slots;
+  const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
   const int64_t bands = j.bands, units = j.images * bands * j.column_tiles, w_tap = j.lanes + vector;
-  const int64_t tap = ns + vector;
-  const int64_t size = (K + 1) * w_tap + K * tap + ns + (j.direct ? ns : (j.in_rows + 2 * j.band) * ns);
+  const int64_t full = (ns + vector - 1) / vector * vector, tap = full + vector;
+  auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : s - s % vector + s % 2 * (vector / 2) + s % vector / 2; };  // of slot s, the even ones before the odd
+  const int64_t size = 2 * (K + 1) * w_tap + K * tap + ns + (j.direct ? ns : (j.in_rows + 2 * j.band) * ns);
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
-  R *weights = scratch.get(), *init = weights + K * w_tap, *sums = init + w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.in_rows * ns, *buffer_x = buffer_out + j.band * ns;
+  R *weights = scratch.get(), *init = weights + K * w_tap, *sums = init + (K + 2) * w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.in_rows * ns, *buffer_x = buffer_out + j.band * ns;
+  T* raw_weights = (T*)(init + w_tap);
   std::vector<const void*> table(8 * (K + 1));
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
   for (int64_t t = begin, built = -1; t < end; t++) {
     int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = p.channels_last ? std::min(j.lanes, j.channels - c0) : j.lanes;
-    for (int64_t i = 0, c = c0; i < w_tap && c0 != built; i++, c = c + 1 < p.C ? c + 1 : 0)
-      for (int64_t k = 0; k <= K; k++) {
-        const T* from = k < K ? (const T*)j.weight : (const T*)j.bias;
-        weights[k * w_tap + i] = i >= lanes ? weights[k * w_tap + i - lanes] : from ? load(from[k < K ? c * K + k : c]) : R(0);
-      }
+    for (int64_t k = 0; k <= K && c0 != built; k++) {
+      const T* from = k < K ? (const T*)j.weight : (const T*)j.bias;
+      R* to = weights + k * w_tap;
+      T* raw = raw_weights + k * w_tap;
+      for (int64_t i = 0, c = c0; i < lanes; i++, c = c + 1 < p.C ? c + 1 : 0) raw[i] = from ? from[k < K ? c * K + k : c] : T{}, to[i] = load(raw[i]);
+      for (int64_t i = lanes, n; i < w_tap; i += n)
+        n = std::min(i, w_tap - i), std::copy(to, to + n, to + i), std::copy(raw, raw + n, raw + i);
+    }
     built = c0;
     std::fill(sums, sums + K * tap + ns, R(0));
     double* total = j.sums ? j.sums + t * (K + 1) * j.lanes : nullptr;
-    const int64_t common = std::lcm(lanes, vector), period = std::min(common * std::max<int64_t>(1, 64 / common), ns);  // few sums, but no two vectors in a row for the same
+    const int64_t common = std::lcm(lanes, vector), period = std::min(common * std::max<int64_t>(1, 64 / common), full);  // few sums, but no two vectors in a row for the same
     int64_t summed = 0, last = -1;
     auto flush_all = [&] {  // before sums grow so long that float loses digits
-      for (int64_t k = 0; k < K; k++) flush(totals.data() + k * tap, sums + k * tap, period + vector);
+      for (int64_t k = 0; k < K; k++) flush(j.bytes, totals.data() + k * tap, sums + k * tap, period + vector);
       summed = 0;
     };
     auto reduce = [&](int64_t length) {  // of rows so long
@@ -438,10 +507,10 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       for (int64_t k = 0; k < K; k++) {
         for (int64_t l = 0; l < lanes; l++) {
           double sum = 0;
-          for (int64_t s = l; s < period; s += lanes) sum += totals[k * tap + s];
+          for (int64_t s = l; s < period; s += lanes) sum += totals[k * tap + place(s)];
           total[k * j.lanes + l] += sum;
         }
-        for (int64_t s = length - length % vector; s < length; s++) total[k * j.lanes + s % lanes] += totals[k * tap + period + s - (length - vector)];
+        for (int64_t s = length - length % vector; s < length; s++) total[k * j.lanes + s % lanes] += totals[k * tap + period + place(s - (length - vector))];
       }
       std::fill(totals.begin(), totals.begin() + K * tap, 0.0);
     };
@@ -459,8 +528,9 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       i0 = clamp(i0, 0, vi.rows), i1 = clamp(i1, i0, vi.rows);
       const Tile tin{i0, i1 - i0, q0, nq, lanes, present}, tout{o0, o1 - o0, q0, nq, lanes, present};
       T* image_out = j.out ? (T*)j.out + image(vo) : nullptr;
-      auto compute = [&](auto out, auto in, auto x) {
-        if (j.out && j.forward) conv(out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, lanes, slots, table.data());
+      auto compute = [&](auto out, auto in, auto x, auto* weights) {
+        const auto* init = weights + K * w_tap;
+        if (j.out && j.forward) conv(j.bytes, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, lanes, slots, table.data());
         if (j.out && !j.forward) for (int64_t i = o0; i < std::min(o0 + S, o1); i++) {
           // Rows i, i + S, ... of grad_input meet only the taps k, k + every, ...; the last of them meets the first row of grad_output.
           int64_t k = 0, every = S / std::gcd(S, D);
@@ -468,48 +538,48 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           int64_t taps = k < every && k < K ? (K - 1 - k) / every + 1 : 0, d = every * D / S;
           auto rows = out;
           rows.data += (i - o0) * out.stride, rows.stride *= S;
-          conv(rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
+          conv(j.bytes, rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
                weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, lanes, slots, table.data());
         }
         if (j.want_weight) {
           if (last >= 0 && last != slots) reduce(last);
           last = slots;
-          int64_t adds = (slots + period - 1) / period, step = std::max<int64_t>(8, 128 / adds / 8 * 8);
+          int64_t adds = (slots + period - 1) / period, step = std::max<int64_t>(7, 128 / adds / 7 * 7);
           for (int64_t h = i0, rows; h < i1; h += rows) {
             rows = std::min(step, i1 - h);
             auto g = in;
             g.data += (h - i0) * in.stride;
             if (summed && (summed + rows) * adds > 128) flush_all();
-            correlate(sums, tap, g, rows, x, o1 - o0, S, h * S - pad - o0, D, K, period, slots, table.data());
+            correlate(j.bytes, sums, tap, g, rows, x, o1 - o0, S, h * S - pad - o0, D, K, period, slots, table.data());
             summed += rows;
           }
         }
       };
       auto in_place = [&](const View& v, auto* from, const Tile& t) {
-        return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v) + t.row * v.row + (v.col + q0 * v.step) * v.px : from, v.row};
+        return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v) + t.row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, lanes, v.step * v.px - lanes};
       };
       auto packed = [&](const View& v, const void* from, const Tile& t, R* buffer) {
-        if (from) pack(v, (const T*)from + image(v), t, Rows<R>{buffer, ns});
+        if (from) pack(j.bytes, v, (const T*)from + image(v), t, Rows<R>{buffer, ns});
         return Rows<const R>{buffer, ns};
       };
       if constexpr (!std::is_same_v<T, Half>)  // whose conversion is long: once is enough
-        if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, tout), in_place(vi, (const T*)j.in, tin), in_place(vo, (const T*)j.x, tout));
+        if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, tout), in_place(vi, (const T*)j.in, tin), in_place(vo, (const T*)j.x, tout), raw_weights);
       if (!j.direct && nq > 0) {
-        compute(Rows<R>{buffer_out, ns}, packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x));
-        if (j.out) unpack(vo, image_out, tout, Rows<R>{buffer_out, ns}, init);
+        compute(Rows<R>{buffer_out, ns}, packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x), weights);
+        if (j.out) unpack(j.bytes, vo, image_out, tout, Rows<R>{buffer_out, ns}, init);
       }
-      if (j.out) fill(vo, image_out, tout, ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
+      if (j.out) fill(j.bytes, vo, image_out, tout, ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
         for (int64_t h = p.H_out * b / bands; h < p.H_out * (b + 1) / bands; h++) {
-          if (h % 64 == 0) flush(totals.data() + K * tap, bias_sums, ns);
+          if (h % 64 == 0) flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
           for (int64_t w = w0, m; w < w1; w += m) {
             m = std::min(j.nq, w1 - w);
-            pack(j.vgrad, (const T*)j.in + image(j.vgrad), Tile{h, 1, w, m, lanes, present}, Rows<R>{buffer_in, ns});
+            pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad), Tile{h, 1, w, m, lanes, present}, Rows<R>{buffer_in, ns});
             for (int64_t s = 0; s < m * lanes; s++) bias_sums[s] += buffer_in[s];
           }
         }
-        flush(totals.data() + K * tap, bias_sums, ns);
+        flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
       }
     }
     if (!j.sums) continue;
@@ -552,7 +622,12 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
   j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
   const int64_t blocks = ceil_div(j.channels, j.lanes);
-  j.direct = p.type != Type::f16 && p.stride_w == 1 && (p.channels_last ? j.lanes == p.C : !narrow) && Q / j.column_tiles * j.lanes >= vector && (p.K <= 12 || j.vin.row <= 512);
+  // contiguous numbers in a row of a tile
+  const int64_t run = p.stride_w > 1 || (p.channels_last && j.lanes < p.C) ? j.lanes : Q / j.column_tiles * j.lanes, element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
+  j.bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
+  const int64_t at_once = j.bytes / element;
+  j.direct = p.type != Type::f16 && !narrow && run >= at_once && (p.K <= 12 || j.vin.row <= 512) &&
+             ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && j.lanes % at_once == 0 && p.C % at_once == 0));
   const int64_t units = j.images * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
   j.groups = clamp(total / blocks / std::max({budget, total / 256, 8 * (p.K + 1) * j.slots}), 1, units);
