@@ -589,6 +589,12 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   }
 }
 
+}  // namespace
+
+void cpu_tasks_16(const void* job, int64_t begin, int64_t end);  // tasks for 16-bit types
+// ---- end of what is compiled with each of the next two parts ----
+
+namespace {
 template <class F> void parallel(int64_t n, int64_t grain, const F& f) {  // torch's own threads: an OpenMP of ours would not be governed by torch
   if (torch_parallel_for(0, n, grain, [](int64_t b, int64_t e, void* c) { (*(const F*)c)(b, e); }, (void*)&f))
     throw std::runtime_error("depthwise_kx1: a CPU task failed");
@@ -597,7 +603,9 @@ template <class F> void parallel(int64_t n, int64_t grain, const F& f) {  // tor
 // Cuts the work into tiles that stay in cache and tasks of some 32 Ki elements, and runs it.
 void run(Job j, void* grad_weight, void* grad_bias) {
   Problem& p = j.p;
-  auto work = p.type == Type::f32 ? tasks<float> : p.type == Type::f64 ? tasks<double> : p.type == Type::f16 ? tasks<Half> : tasks<BFloat16>;
+  void (*work)(const Job&, int64_t, int64_t) = [](const Job& j, int64_t begin, int64_t end) { cpu_tasks_16(&j, begin, end); };
+  if (p.type == Type::f32) work = tasks<float>;
+  if (p.type == Type::f64) work = tasks<double>;
   const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), budget = 32768, halo_all = (p.K - 1) * p.dilation;
   if (p.H * p.W == 1 && p.H_out * p.W_out == 1) p.channels_last = true;  // the orders are the same; this one is faster
   auto view = [&](int64_t rows, int64_t width, int64_t col, int64_t step) {
@@ -678,10 +686,13 @@ void cpu_backward(const Problem& p, const void* grad_output, const void* x, cons
   j.p = p, j.in = grad_output, j.weight = weight, j.x = x, j.out = grad_input, j.want_weight = grad_weight, j.want_bias = grad_bias;
   run(j, grad_weight, grad_bias);
 }
-#undef SIMD
-#undef INLINE
+// ---- end of the CPU kernels for 32 and 64 bits ----
 
-// ---- end of the CPU kernels ----
+void cpu_tasks_16(const void* job, int64_t begin, int64_t end) {
+  const Job& j = *static_cast<const Job*>(job);
+  (j.p.type == Type::f16 ? tasks<Half> : tasks<BFloat16>)(j, begin, end);
+}
+// ---- end of the CPU kernels for 16 bits ----
 
 #include <optional>
 #include <string>
