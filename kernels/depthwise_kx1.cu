@@ -422,7 +422,7 @@ template <class T, bool Gradient, class F> auto choose(const Problem& p, std::in
   };
   if constexpr (sizeof(T) == 8) return f.template operator()<1, 8, 7, false>();  // never channels_last here, as in nn.Conv2d
   else {
-    if (p.K <= 3 && vectors<T, widest>(p, pointers)) return layout.template operator()<widest, (Gradient ? 24 : 32) / widest, 3, (Gradient ? 16 : 32) / widest>();
+    if (p.K <= 3 && vectors<T, widest>(p, pointers)) return layout.template operator()<widest, (Gradient ? sizeof(T) == 2 ? 16 : 24 : 32) / widest, 3, (Gradient ? 16 : 32) / widest>();
     if (vectors<T, 4>(p, pointers)) {
       if constexpr (sizeof(T) > 2) return layout.template operator()<4, Gradient ? 5 : 7, 7, Gradient ? 4 : 8>();
       else if (p.channels_last) return f.template operator()<4, Gradient ? 4 : 8, 7, true>();
@@ -749,7 +749,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   const int in_pitch = Aligned ? aligned_pitch : a.in_pitch, x_pitch = Aligned ? aligned_pitch : a.x_pitch;
 
   Factor<T>* const table = reinterpret_cast<Factor<T>*>(shared);
-  const int table_size = 16 * tiles + 24;
+  const int table_size = 16 * tiles + 16;
   unsigned char* const mine = shared + P * 4 * table_size + warp * a.warp_bytes;
   unsigned char* const ring_end = mine + a.ring_pairs * step * in_pitch;
   float4* const dots = reinterpret_cast<float4*>(mine + a.dots_offset);
@@ -803,24 +803,24 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  // The taps, 16 numbers into a row of zeros, and again one number further on, so that each pair is one word of either.
+  // The taps, 8 numbers into a row of zeros, and again one number further on, so that each pair is one word of either.
   for (int i = threadIdx.x; i < 2 * table_size; i += blockDim.x) {
-    const int k = i % table_size - 16 - i / table_size;
+    const int k = i % table_size - 8 - i / table_size;
     float tap = weight && k >= 0 && k < a.K ? widen(weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)]) : 0;
     for (int p = 0; p < P; ++p) tap -= widen(table[p * 2 * table_size + i] = narrow<Factor<T>>(tap));
   }
-  const unsigned char* const taps = shared + (g % 2 * table_size + 16 + g % 2 + 2 * q - g) * 2;
+  const unsigned char* const taps = shared + (g % 2 * table_size + 8 + g % 2 + 2 * q - g) * 2;
   const float initial = bias ? widen(bias[c]) : 0;
   if (Gradient && a.has_dots)
     for (int i = lane; i < tiles * 64; i += 32) dots[i] = make_float4(0, 0, 0, 0);
   __syncthreads();
 
   float bias_sum[4] = {};
-  for (int unit = split - a.splits, steps; (steps = next_steps(unit)) > 0;) {
+  for (int unit = split - a.splits; next_steps(unit) > 0;) {
     const Band of = band(unit, warp);
     const int in_skipped = skipped(place_in(of)), x_skipped = Gradient ? skipped(place_x(of)) : 0;
     const bool overlapped = !Aligned && of.column != a.last_column && a.advance < strip<T>;  // by the next strip
-    for (int s = -lead; s < steps; ++s) {
+    for (int s = -lead; s < of.steps; ++s) {
       __syncthreads();
       fetch_in();  // to the slot before that of the step's first pair, which the step before read first
       await_copies<1>();
@@ -841,6 +841,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
 #pragma unroll
       for (int i = 0; i < 8 * N; ++i) acc[i / (4 * N)][i / 4 % N][i % 4] = initial;
       float upper[2][4], lower[2][4];  // D_u of the step's first block, D_{u-1} of its second
+      uint32_t f[5][P] = {};           // pairs of taps 16 u - 24, 16 u - 16, ..., 16 u + 8 from the lane's first
       const auto next_block = [&] {
         block += 16 * in_pitch;
         if (block >= ring_end + in_skipped) block -= ring_end - mine;
@@ -849,9 +850,11 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       const auto meet = [&]<bool has_upper, bool has_lower>(int u) {
         uint32_t tap[2][P][2][2];  // A_u, A_{u-1}
 #pragma unroll
-        for (int i = 0; i < 8 * P; ++i) {  // volatile: the same number twice is loaded twice, not moved about, for fragments are in registers in a row
-          const unsigned char* const from = taps + i / 4 % P * 4 * table_size + (u - i / 4 / P) * 32 + (i % 2 - i / 2 % 2) * 16;
-          if (i / 4 / P ? has_lower : has_upper) tap[i / 4 / P][i / 4 % P][i / 2 % 2][i % 2] = *reinterpret_cast<const volatile uint32_t*>(from);
+        for (int p = 0; p < P; ++p) {
+          f[0][p] = f[2][p], f[1][p] = f[3][p], f[2][p] = f[4][p];
+          if constexpr (has_upper) f[3][p] = at<uint32_t>(taps + p * 4 * table_size + u * 32), f[4][p] = at<uint32_t>(taps + p * 4 * table_size + u * 32 + 16);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) tap[i / 4][p][i / 2 % 2][i % 2] = f[(i < 4 ? 3 : 1) - i / 2 % 2 + i % 2][p];
         }
         if (!Gradient || out) {
 #pragma unroll
@@ -1109,7 +1112,7 @@ ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, boo
   a.dots_offset = a.x_offset + (has_dots ? step * a.x_pitch + 16 : 0);
   a.out_offset = a.dots_offset + (has_dots ? a.tiles * 1024 : 0);
   a.warp_bytes = round_up(a.out_offset + (plan.aligned ? 0 : 16 * a.out_pitch + 16), 16);
-  const auto shared = [&](int warps) { return (size == 4 ? 3 : 1) * 4 * (16 * a.tiles + 24) + warps * a.warp_bytes; };
+  const auto shared = [&](int warps) { return (size == 4 ? 3 : 1) * 4 * (16 * a.tiles + 16) + warps * a.warp_bytes; };
   const auto resident = [&](int warps) {  // blocks of a multiprocessor
     return std::min<int64_t>(resident_blocks(gradient, plan.aligned, size) * 4 / warps, device.shared_per_multiprocessor / (shared(warps) + 1024));
   };
@@ -1265,6 +1268,7 @@ template <class T, int R, int M, bool Gradient>
 __global__ void __launch_bounds__(bulk_threads, bulk_blocks(Gradient))
 bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
      T* __restrict__ out, float* __restrict__ partial) {
+#if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ uint64_t barriers[bulk_slots];
   __shared__ Chunk described[bulk_slots];
@@ -1330,7 +1334,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
         const uint32_t mine = guarded ? bits(0, rows_left) : ~0u;
         if (Gradient && a.has_dots) {
 #pragma unroll
-          for (int r = 0; r < R; ++r) own[r] = !guarded || mine >> r & 1 ? widen(to[r * W_out]) : 0;
+          for (int r = 0; r < R; ++r) own[r] = !guarded || r < rows_left ? widen(to[r * W_out]) : 0;
         }
         const auto take = [&]<bool all>(int first) {  // M taps, or what is left
           const int count = all ? M : K - first;
@@ -1362,7 +1366,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
         if (out) {
 #pragma unroll
           for (int r = 0; r < R; ++r)
-            if (!guarded || mine >> r & 1) to[r * W_out] = narrow<T>(acc[r]);
+            if (!guarded || r < rows_left) to[r * W_out] = narrow<T>(acc[r]);
         }
       };
       if (reached && first_row >= 0 && first_row + R + K - 1 <= in_rows && rows_left >= R) make.template operator()<false>();
@@ -1402,6 +1406,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
       partial[(int64_t(first_channel + plane) * a.splits + split) * (K + 1) + (i == K ? K : K - 1 - i)] = sum;
     }
   }
+#endif
 }
 
 struct BulkPlan {
