@@ -440,45 +440,7 @@ template <class T> const char* walk_backward(const Problem& p, const void* grad_
                                               (T*)grad_bias, scratch, context, cudaStream_t(stream));
   });
 }
-}  // namespace
 
-// As launch_forward and launch_backward, for 16-bit types; toeplitz_: by tensor cores, or false where that does not pay.
-const char* launch_forward_16(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream);
-const char* launch_backward_16(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
-                               void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream);
-bool toeplitz_forward(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error);
-bool toeplitz_backward(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
-                       void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error);
-// ---- end of what is compiled with each of the following parts, side by side ----
-
-const char* launch_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
-  const auto launch = p.type == Type::f32 ? walk_forward<float> : p.type == Type::f64 ? walk_forward<double> : launch_forward_16;
-  return launch(p, x, weight, bias, y, stream);
-}
-
-const char* launch_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
-                            void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
-  const auto launch = p.type == Type::f32 ? walk_backward<float> : p.type == Type::f64 ? walk_backward<double> : launch_backward_16;
-  return launch(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
-}
-// ---- end of the part for 32 and 64 bits ----
-
-const char* launch_forward_16(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
-  const char* error;
-  if (toeplitz_forward(p, x, weight, bias, y, stream, error)) return error;
-  return (p.type == Type::f16 ? walk_forward<__half> : walk_forward<__nv_bfloat16>)(p, x, weight, bias, y, stream);
-}
-
-const char* launch_backward_16(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
-                               void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
-  const char* error;
-  if (toeplitz_backward(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error)) return error;
-  const auto launch = p.type == Type::f16 ? walk_backward<__half> : walk_backward<__nv_bfloat16>;
-  return launch(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
-}
-// ---- end of the part for 16 bits ----
-
-namespace {
 // 16 bytes from global to shared memory, of which `bytes` count; asynchronous from compute capability 8.0 on.
 __device__ void copy_async(void* to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 800
@@ -498,6 +460,249 @@ __device__ void end_group_of_copies() {
 #endif
 }
 
+// d += a b for fragments of 16 x 16 and 16 x 8 numbers.
+template <class T> __device__ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __half>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
+}
+
+// The larger of each of two numbers; NaN if one is NaN.
+template <class T> __device__ uint32_t max_nan(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __half>) asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  else asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+#endif
+  return a;
+}
+
+template <class V> __device__ V at(const unsigned char* p) { return *reinterpret_cast<const V*>(p); }
+
+constexpr int strip = 64, step = 32, overlap = 8, aligned_pitch = strip * 2 + 16;
+constexpr int pixels = 8;  // of a strip in channels_last
+constexpr int resident_blocks(bool gradient, bool aligned) { return gradient ? 2 : aligned ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
+
+struct Toeplitz {
+  int K, tiles, C;
+  bool reversed, has_dots, has_bias_sum, in_even, x_even, out_even;  // even: strips' rows begin at multiples of 4 bytes
+  int in_rows, in_width, out_rows, out_width;
+  int64_t in_plane, out_plane;           // numbers
+  int row_shift, column_shift;           // row and column of in that tap 0 takes to row and column 0 of out
+  int column_begin, advance, last_column;  // of the strips, in out: where the first and the last begin, and from one to the next
+  Divisor dilation, strips;              // strips: of a plane
+  int lines;                             // strips of all planes of a channel
+  Divisor bands, residues;               // of a strip
+  int sets, groups, side;                // a block keeps one of the sets of channels: one, or `groups` times 8; it has `side` strips of each
+  int band_steps, units, splits;         // unit: a band of `side` strips; a set's are dealt to `splits` blocks
+  int in_pitch, x_pitch, out_pitch;      // of rows in shared memory, in bytes
+  int ring_pairs, ring_offset, x_offset, dots_offset, out_offset, warp_bytes;  // of a warp's shared memory
+};
+
+// A band of a strip: plane (an image if channels_last), first row and column in out, steps and rows.
+struct Band { int n, row, column, steps, rows; bool busy; };
+__device__ Band band(const Toeplitz& a, int unit, int strip) {
+  Band of;
+  int residue, index, s;
+  const int line = a.residues(a.bands(unit, index), residue) * a.side + strip;
+  of.n = a.strips(line, s), of.column = a.column_begin + s * a.advance, of.busy = line < a.lines;
+  of.row = residue + index * a.band_steps * step * int(a.dilation.divisor), of.rows = a.dilation.steps(a.out_rows - of.row);
+  of.steps = min(a.band_steps, (of.rows + step - 1) / step);
+  return of;
+}
+__device__ int next_steps(const Toeplitz& a, int& unit) {  // of the next unit that has some
+  int steps = 0;
+  while (steps <= 0 && (unit += a.splits) < a.units) steps = band(a, unit, 0).steps;
+  return steps;
+}
+
+// Sums the blocks' partial sums in fixed order, a warp for each weight and bias; from the definition where that gives NaN.
+template <class T> __global__ void toeplitz_reduce(const __grid_constant__ Toeplitz a, const __grid_constant__ Problem p, const float* partial,
+                                                   const T* __restrict__ grad_output, const T* __restrict__ x, T* __restrict__ grad_weight, T* __restrict__ grad_bias) {
+  const int c = blockIdx.x, lane = threadIdx.x % 32;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  for (int k = threadIdx.x / 32; k <= a.K; k += blockDim.x / 32) {
+    float sum = 0;
+    const auto add_lanes = [&] { for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o); };
+    for (int i = lane; i < a.splits; i += 32) sum += partial[(int64_t(c) * a.splits + i) * (a.K + 1) + k];
+    add_lanes();
+    if (k < a.K && a.has_dots && isnan(sum)) {
+      sum = 0;
+      for (int64_t n = 0; n < p.N; ++n)
+        for (int64_t i = 0; i < p.H_out; ++i) {
+          const int64_t row = i - p.padding_h + k * p.dilation;
+          const auto place = [&](int64_t H, int64_t W, int64_t h, int64_t w) { return p.channels_last ? ((n * H + h) * W + w) * p.C + c : ((n * p.C + c) * H + h) * W + w; };
+          if (row < 0 || row >= p.H) continue;
+          for (int64_t w = lane; w < p.W; w += 32)
+            sum += widen(grad_output[place(p.H_out, p.W_out, i, w + p.padding_w)]) * widen(x[place(p.H, p.W, row, w)]);
+        }
+      add_lanes();
+    }
+    if (lane == 0 && k < a.K && grad_weight) grad_weight[int64_t(c) * a.K + k] = narrow<T>(sum);
+    if (lane == 0 && k == a.K && grad_bias) grad_bias[c] = narrow<T>(sum);
+  }
+}
+
+struct ToeplitzPlan {
+  Toeplitz a;
+  bool aligned, applies;
+  int threads;
+  size_t shared, partial;
+};
+
+inline ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, bool has_bias_sum, const void* in, const void* x, const void* out) {
+  ToeplitzPlan plan{};
+  Toeplitz& a = plan.a;
+  const Device& device = current_device();
+  const bool gradient = has_dots || has_bias_sum, last = p.channels_last;
+  const int strip = last ? pixels : ::strip, overlap = last ? 0 : ::overlap;
+  plan.aligned = last ? p.C % 8 == 0 : p.padding_w == 0 && p.W % 8 == 0;
+  for (const void* at : {in, x, out}) plan.aligned = plan.aligned && reinterpret_cast<uintptr_t>(at) % 16 == 0;
+  // 32-bit indices of strips, columns and rows; all of grad_output is met by some row of x.
+  plan.applies = (p.type == Type::f16 || p.type == Type::bf16) && p.stride_h == 1 && p.stride_w == 1 && device.capability >= 8 && (plan.aligned || !last) &&
+                 std::max({p.C * p.N * ceil_div(p.W_out, strip - overlap), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation}) < 1 << 28 &&
+                 (!has_bias_sum || (p.padding_h <= (p.K - 1) * p.dilation && p.H >= p.dilation));
+  // Where it pays, by measurement.
+  const int64_t H = ceil_div(transposed ? p.H : p.H_out, p.dilation);
+  plan.applies = plan.applies && p.K > (last || (plan.aligned && !transposed) ? 3 : 2) && 3 * p.W * H > round_up(p.W, strip) * round_up(H, step);
+  if (!plan.applies) return plan;
+  a.K = p.K, a.tiles = (p.K + 14) / 16 + 1, a.C = p.C;
+  a.reversed = transposed, a.has_dots = has_dots, a.has_bias_sum = has_bias_sum;
+  a.in_rows = transposed ? p.H_out : p.H, a.in_width = transposed ? p.W_out : p.W;
+  a.out_rows = transposed ? p.H : p.H_out, a.out_width = transposed ? p.W : p.W_out;
+  a.in_plane = int64_t(a.in_rows) * a.in_width, a.out_plane = int64_t(a.out_rows) * a.out_width;
+  a.row_shift = transposed ? p.padding_h - (p.K - 1) * p.dilation : -p.padding_h;
+  a.column_shift = transposed ? p.padding_w : -p.padding_w;
+  a.column_begin = has_bias_sum ? -p.padding_w : 0;
+  const int64_t columns = has_bias_sum ? p.W_out : a.out_width;  // all columns of grad_output
+  a.dilation = p.dilation;
+  const auto multiples = [](int bytes, const void* at, int column, int width) {
+    return (reinterpret_cast<uintptr_t>(at) + column * 2) % bytes == 0 && width * 2 % bytes == 0;
+  };
+  a.in_even = multiples(4, in, a.column_begin + a.column_shift, a.in_width);
+  a.x_even = multiples(4, x, a.column_begin, a.out_width), a.out_even = multiples(4, out, a.column_begin, a.out_width);
+  a.advance = multiples(16, out, a.column_begin, a.out_width) ? strip : strip - overlap;
+  const int64_t strips = columns <= strip ? 1 : ceil_div(columns - (strip - a.advance), a.advance);
+  a.last_column = a.column_begin + (strips - 1) * a.advance;
+  const int64_t lines = p.N * strips, residues = std::min<int64_t>(p.dilation, a.out_rows);
+  a.strips = strips, a.lines = lines, a.residues = residues;
+
+  const auto pitch = [&](int64_t width) { return plan.aligned ? aligned_pitch : aligned_pitch + width * p.dilation * 2 % 16; };
+  a.in_pitch = pitch(a.in_width), a.x_pitch = a.out_pitch = pitch(a.out_width);
+  a.ring_pairs = a.tiles / 2 + 2;
+  a.x_offset = a.ring_pairs * step * a.in_pitch + 16;
+  a.dots_offset = a.x_offset + (has_dots ? step * a.x_pitch + 16 : 0);
+  a.out_offset = a.dots_offset + (has_dots ? a.tiles * 1024 : 0);
+  a.warp_bytes = round_up(a.out_offset + (plan.aligned ? 0 : 16 * a.out_pitch + 16), 16);
+  size_t table = round_up(4 * (16 * a.tiles + 16), 16);
+  if (last) {
+    a.ring_offset = (16 * a.tiles + 16) * 32, a.x_offset = a.ring_offset + a.ring_pairs * step * aligned_pitch, table = 0;
+    a.warp_bytes = round_up(a.x_offset + (has_dots ? 2 * step * aligned_pitch : 0), 128) + 32;
+  }
+  const auto shared = [&](int warps) { return table + warps * a.warp_bytes; };
+  // Warps of a strip, and those that registers have room for on a multiprocessor.
+  const int roles = last && gradient ? 1 + (has_dots ? a.tiles : 1) : 1, room = last ? gradient ? 16 : 12 : resident_blocks(gradient, plan.aligned) * 4;
+  const auto resident = [&](int warps) { return std::min<int64_t>(room / (warps * roles), device.shared_per_multiprocessor / (shared(warps) + 1024)); };
+  double most = 0;
+  for (int warps : {4, 2, 1}) {  // as many busy ones as registers and shared memory have room for; preferably 4, which read 512 bytes of a row
+    const int64_t all = p.C / 8, sets = last ? ceil_div(all, warps) : p.C, groups = last ? ceil_div(all, sets) : 1, side = warps / groups, strips = groups * side;
+    const double filled = double(lines) / round_up(lines, side) * (last ? double(all) / (sets * groups) : 1);
+    const double busy = shared(strips) > device.shared_bytes ? 0 : resident(strips) * strips * filled;
+    if (busy > 1.1 * most) most = busy, a.sets = sets, a.groups = groups, a.side = side;
+  }
+  if (!(plan.applies = most > 0)) return plan;
+  const int warps = a.groups * a.side;
+  plan.shared = shared(warps), plan.threads = 32 * warps * roles;
+
+  // As few bands as keep the device busy: their first steps read rows of the band before. Costs are in quarters of a step.
+  // More waves than needed: smaller blocks, which the device starts in the order of memory, share what they read of it.
+  const int64_t least = gradient ? 1 : plan.aligned ? 2 : 8, blocks = device.multiprocessors * resident(warps);
+  const int64_t steps = ceil_div(ceil_div(a.out_rows, p.dilation), step), sides = ceil_div(lines, a.side);
+  int64_t best = INT64_MAX;
+  for (int64_t bands = 1; bands <= std::min<int64_t>(steps, 64); ++bands) {
+    const int64_t band_steps = ceil_div(steps, bands), units = sides * residues * ceil_div(steps, band_steps);
+    for (int64_t waves = least; waves <= 4 * least; ++waves) {
+      const int64_t splits = std::clamp<int64_t>(blocks * waves / a.sets, 1, units), each = ceil_div(units, splits);
+      const int64_t cost = ceil_div(a.sets * splits, blocks) * (each * (4 * band_steps + (bands > 1 ? 2 : 1) * (a.tiles / 2)) + 4);
+      if (cost < best) best = cost, a.bands = ceil_div(steps, band_steps), a.band_steps = band_steps, a.units = units, a.splits = ceil_div(units, each);
+    }
+  }
+  plan.partial = sizeof(float) * p.C * a.splits * (p.K + 1);
+  return plan;
+}
+
+template <class T> using ToeplitzKernel = void (*)(Toeplitz, const T* in, const T* x, const T* weight, const T* bias, T* out, float* partial);
+
+template <class T>
+const char* toeplitz_launch(const ToeplitzPlan& plan, ToeplitzKernel<T> kernel, const void* in, const void* x, const void* weight, const void* bias,
+                            void* out, float* partial, void* stream) {
+  if (plan.shared > 48 << 10)
+    if (const char* error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)))) return error;
+  kernel<<<plan.a.sets * plan.a.splits, plan.threads, plan.shared, cudaStream_t(stream)>>>(plan.a, (const T*)in, (const T*)x, (const T*)weight, (const T*)bias, (T*)out, partial);
+  return check(cudaGetLastError());
+}
+
+// With gradients of weight and bias, if not null: `kernel` sums them per block.
+template <class T>
+const char* toeplitz_gradients(const ToeplitzPlan& plan, ToeplitzKernel<T> kernel, const Problem& p, const void* grad_output, const void* x, const void* weight,
+                               void* grad_input, void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
+  float* const partial = grad_weight || grad_bias ? static_cast<float*>(scratch(plan.partial, context)) : nullptr;
+  if (const char* error = toeplitz_launch<T>(plan, kernel, grad_output, x, weight, nullptr, grad_input, partial, stream)) return error;
+  if (!partial) return nullptr;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = p.C, config.blockDim = 256, config.stream = cudaStream_t(stream), config.attrs = &early;
+  config.numAttrs = current_device().capability >= 9;
+  return check(cudaLaunchKernelEx(&config, toeplitz_reduce<T>, plan.a, p, (const float*)partial, (const T*)grad_output, (const T*)x, (T*)grad_weight, (T*)grad_bias));
+}
+}  // namespace
+
+// As launch_forward and launch_backward, for 16-bit types; toeplitz_: by tensor cores (_last: channels_last), or false where that does not pay.
+const char* launch_forward_16(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream);
+const char* launch_backward_16(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
+                               void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream);
+using ToeplitzForward = bool(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error);
+using ToeplitzBackward = bool(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
+                              void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error);
+ToeplitzForward toeplitz_forward, toeplitz_forward_last;
+ToeplitzBackward toeplitz_backward, toeplitz_backward_last;
+// ---- end of what is compiled with each of the following parts, side by side ----
+
+const char* launch_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
+  const auto launch = p.type == Type::f32 ? walk_forward<float> : p.type == Type::f64 ? walk_forward<double> : launch_forward_16;
+  return launch(p, x, weight, bias, y, stream);
+}
+
+const char* launch_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
+                            void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
+  const auto launch = p.type == Type::f32 ? walk_backward<float> : p.type == Type::f64 ? walk_backward<double> : launch_backward_16;
+  return launch(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
+}
+// ---- end of the part for 32 and 64 bits ----
+
+const char* launch_forward_16(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
+  const char* error;
+  if ((p.channels_last ? toeplitz_forward_last : toeplitz_forward)(p, x, weight, bias, y, stream, error)) return error;
+  return (p.type == Type::f16 ? walk_forward<__half> : walk_forward<__nv_bfloat16>)(p, x, weight, bias, y, stream);
+}
+
+const char* launch_backward_16(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
+                               void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
+  const char* error;
+  if ((p.channels_last ? toeplitz_backward_last : toeplitz_backward)(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error)) return error;
+  const auto launch = p.type == Type::f16 ? walk_backward<__half> : walk_backward<__nv_bfloat16>;
+  return launch(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
+}
+// ---- end of the part for 16 bits ----
+
+namespace {
 // The taps of a channel as a banded Toeplitz matrix on tensor cores, for 16-bit numbers in contiguous layout at stride 1.
 // Block b of 16 rows of out is sum_t A_t In_{b+t}, with A_t[r][c] = tap[16 t + c - r] and In_i the i-th 16 rows of in, t < tiles.
 // Forward: out is y, in is x. Transposed (input gradient): out is grad_input, in is grad_output, taps are reversed. The weight
@@ -518,36 +723,6 @@ __device__ void end_group_of_copies() {
 // They also keep warps in step, so that these read longer stretches of memory.
 //
 // Zeros of A_t beyond the band times an infinity are NaN: where a result is NaN, it is computed again from the definition.
-constexpr int strip = 64, step = 32, overlap = 8, aligned_pitch = strip * 2 + 16;
-constexpr int resident_blocks(bool gradient, bool aligned) { return gradient ? 2 : aligned ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
-
-struct Toeplitz {
-  int K, tiles, C;
-  bool reversed, has_dots, has_bias_sum, in_even, x_even, out_even;  // even: strips' rows begin at multiples of 4 bytes
-  int in_rows, in_width, out_rows, out_width;
-  int64_t in_plane, out_plane;           // numbers
-  int row_shift, column_shift;           // row and column of in that tap 0 takes to row and column 0 of out
-  int column_begin, advance, last_column;  // of the strips, in out: where the first and the last begin, and from one to the next
-  Divisor dilation, strips;              // strips: of a plane
-  int lines;                             // strips of all planes of a channel
-  Divisor bands, residues;               // of a strip
-  int band_steps, units, splits;         // unit: a band of as many strips as a block has warps; a channel's are dealt to `splits` blocks
-  int in_pitch, x_pitch, out_pitch;      // of rows in shared memory, in bytes
-  int ring_pairs, x_offset, dots_offset, out_offset, warp_bytes;  // of a warp's shared memory
-};
-
-// d += a b for fragments of 16 x 16 and 16 x 8 numbers.
-template <class T> __device__ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, __half>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#endif
-}
-
 // Two times two 8 x 8 numbers of rows in shared memory as fragments: rows `row` of 16 and columns `column` of 8 by lane.
 __device__ void load_fragments(uint32_t (&to)[4], const unsigned char* from) {
 #if __CUDA_ARCH__ >= 800
@@ -560,17 +735,6 @@ __device__ void load_fragments(uint32_t (&to)[4], const unsigned char* from) {
 __device__ void store_16(void* to, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-
-// The larger of each of two numbers; NaN if one is NaN.
-template <class T> __device__ uint32_t max_nan(uint32_t a, uint32_t b) {
-#if __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, __half>) asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-  else asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-#endif
-  return a;
-}
-
-template <class V> __device__ V at(const unsigned char* p) { return *reinterpret_cast<const V*>(p); }
 
 // Starts to copy 32 rows of a strip, `row_bytes` apart, to rows `pitch` apart that are congruent to them modulo 16 bytes; zeros for
 // rows outside [lo, hi) and to the right of byte `end` of a row; bytes before `begin` are not used.
@@ -685,22 +849,6 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   unsigned char* const ring_end = mine + a.ring_pairs * step * in_pitch;
   float4* const dots = reinterpret_cast<float4*>(mine + a.dots_offset);
 
-  // A band of a strip: plane, first row and column in out, steps and rows; the last unit may have fewer strips than the block has warps.
-  struct Band { int n, row, column, steps, rows; bool busy; };
-  const auto band = [&](int unit, int warp) {
-    Band of;
-    int residue, index, s;
-    const int line = a.residues(a.bands(unit, index), residue) * warps + warp;
-    of.n = a.strips(line, s), of.column = a.column_begin + s * a.advance, of.busy = line < a.lines;
-    of.row = residue + index * a.band_steps * step * d, of.rows = a.dilation.steps(a.out_rows - of.row);
-    of.steps = min(a.band_steps, (of.rows + step - 1) / step);
-    return of;
-  };
-  const auto next_steps = [&](int& unit) {  // of the next unit that has some
-    int steps = 0;
-    while (steps <= 0 && (unit += a.splits) < a.units) steps = band(unit, warp).steps;
-    return steps;
-  };
   const auto place = [&](int n, int64_t plane, int width, int row, int column) { return (int64_t(n) * a.C + c) * plane + int64_t(row) * width + column; };
   const auto place_in = [&](const Band& of) { return in + place(of.n, a.in_plane, a.in_width, of.row + a.row_shift, of.column + a.column_shift); };
   const auto place_x = [&](const Band& of) { return x + place(of.n, a.out_plane, a.out_width, of.row, of.column); };
@@ -712,12 +860,12 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   int fetched_unit = split - a.splits, pair = 0, pairs = 0, slot = 0;
   const auto fetch = [&]<bool of_x> {
     if (!of_x && pair++ == pairs) {
-      const int steps = next_steps(fetched_unit);
+      const int steps = next_steps(a, fetched_unit);
       pairs = steps + lead, pair = steps > 0;
     }
     if (pair > 0 && (!of_x || (a.has_dots && pair > lead))) {
       const int copied = Aligned ? lane / 8 % warps : warp;
-      const Band of = band(fetched_unit, copied);
+      const Band of = band(a, fetched_unit, copied);
       const T* const at = of_x ? place_x(of) : place_in(of);
       const int first = (pair - 1 - (of_x ? lead : 0)) * step, width = of_x ? a.out_width : a.in_width, pitch = of_x ? x_pitch : in_pitch;
       const int row = of_x ? of.row : of.row + a.row_shift, column = of_x ? of.column : of.column + a.column_shift;
@@ -747,8 +895,8 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   __syncthreads();
 
   float bias_sum[4] = {};
-  for (int unit = split - a.splits, steps; (steps = next_steps(unit)) > 0;) {
-    const Band of = band(unit, warp);
+  for (int unit = split - a.splits, steps; (steps = next_steps(a, unit)) > 0;) {
+    const Band of = band(a, unit, warp);
     const int in_skipped = skipped(place_in(of)), x_skipped = Gradient ? skipped(place_x(of)) : 0;
     const bool overlapped = !Aligned && of.column != a.last_column && a.advance < strip;  // by the next strip
     for (int s = -lead; s < steps; ++s) {
@@ -943,129 +1091,13 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   }
 }
 
-// Sums the blocks' partial sums in fixed order, a warp for each weight and bias; from the definition where that gives NaN.
-template <class T> __global__ void toeplitz_reduce(const __grid_constant__ Toeplitz a, const __grid_constant__ Problem p, const float* partial,
-                                                   const T* __restrict__ grad_output, const T* __restrict__ x, T* __restrict__ grad_weight, T* __restrict__ grad_bias) {
-  const int c = blockIdx.x, lane = threadIdx.x % 32;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-  for (int k = threadIdx.x / 32; k <= a.K; k += blockDim.x / 32) {
-    float sum = 0;
-    const auto add_lanes = [&] { for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o); };
-    for (int i = lane; i < a.splits; i += 32) sum += partial[(int64_t(c) * a.splits + i) * (a.K + 1) + k];
-    add_lanes();
-    if (k < a.K && a.has_dots && isnan(sum)) {
-      sum = 0;
-      for (int64_t n = 0; n < p.N; ++n)
-        for (int64_t i = 0; i < p.H_out; ++i) {
-          const int64_t row = i - p.padding_h + k * p.dilation, plane = n * p.C + c;
-          if (row < 0 || row >= p.H) continue;
-          for (int64_t w = lane; w < p.W; w += 32) 
-            sum += widen(grad_output[(plane * p.H_out + i) * p.W_out + w + p.padding_w]) * widen(x[(plane * p.H + row) * p.W + w]);
-        }
-      add_lanes();
-    }
-    if (lane == 0 && k < a.K && grad_weight) grad_weight[int64_t(c) * a.K + k] = narrow<T>(sum);
-    if (lane == 0 && k == a.K && grad_bias) grad_bias[c] = narrow<T>(sum);
-  }
-}
-
-struct ToeplitzPlan {
-  Toeplitz a;
-  bool aligned, applies;
-  int warps;
-  size_t shared, partial;
-};
-
-ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, bool has_bias_sum, const void* in, const void* x, const void* out) {
-  ToeplitzPlan plan{};
-  Toeplitz& a = plan.a;
-  const Device& device = current_device();
-  const bool gradient = has_dots || has_bias_sum;
-  // 32-bit indices of strips, columns and rows; all of grad_output is met by some row of x.
-  plan.applies = (p.type == Type::f16 || p.type == Type::bf16) && !p.channels_last && p.stride_h == 1 && p.stride_w == 1 && device.capability >= 8 &&
-                 std::max({p.C * p.N * ceil_div(p.W_out, strip - overlap), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation}) < 1 << 28 &&
-                 (!has_bias_sum || (p.padding_h <= (p.K - 1) * p.dilation && p.H >= p.dilation));
-  plan.aligned = p.padding_w == 0 && p.W % 8 == 0;
-  for (const void* at : {in, x, out}) plan.aligned = plan.aligned && reinterpret_cast<uintptr_t>(at) % 16 == 0;
-  // Where it pays, by measurement.
-  const int64_t H = ceil_div(transposed ? p.H : p.H_out, p.dilation);
-  plan.applies = plan.applies && p.K > (plan.aligned && !transposed ? 3 : 2) && 3 * p.W * H > round_up(p.W, strip) * round_up(H, step);
-  if (!plan.applies) return plan;
-  a.K = p.K, a.tiles = (p.K + 14) / 16 + 1, a.C = p.C;
-  a.reversed = transposed, a.has_dots = has_dots, a.has_bias_sum = has_bias_sum;
-  a.in_rows = transposed ? p.H_out : p.H, a.in_width = transposed ? p.W_out : p.W;
-  a.out_rows = transposed ? p.H : p.H_out, a.out_width = transposed ? p.W : p.W_out;
-  a.in_plane = int64_t(a.in_rows) * a.in_width, a.out_plane = int64_t(a.out_rows) * a.out_width;
-  a.row_shift = transposed ? p.padding_h - (p.K - 1) * p.dilation : -p.padding_h;
-  a.column_shift = transposed ? p.padding_w : -p.padding_w;
-  a.column_begin = has_bias_sum ? -p.padding_w : 0;
-  const int64_t columns = has_bias_sum ? p.W_out : a.out_width;  // all columns of grad_output
-  a.dilation = p.dilation;
-  const auto multiples = [](int bytes, const void* at, int column, int width) {
-    return (reinterpret_cast<uintptr_t>(at) + column * 2) % bytes == 0 && width * 2 % bytes == 0;
-  };
-  a.in_even = multiples(4, in, a.column_begin + a.column_shift, a.in_width);
-  a.x_even = multiples(4, x, a.column_begin, a.out_width), a.out_even = multiples(4, out, a.column_begin, a.out_width);
-  a.advance = multiples(16, out, a.column_begin, a.out_width) ? strip : strip - overlap;
-  const int64_t strips = columns <= strip ? 1 : ceil_div(columns - (strip - a.advance), a.advance);
-  a.last_column = a.column_begin + (strips - 1) * a.advance;
-  const int64_t lines = p.N * strips, residues = std::min<int64_t>(p.dilation, a.out_rows);
-  a.strips = strips, a.lines = lines, a.residues = residues;
-
-  const auto pitch = [&](int64_t width) { return plan.aligned ? aligned_pitch : aligned_pitch + width * p.dilation * 2 % 16; };
-  a.in_pitch = pitch(a.in_width), a.x_pitch = a.out_pitch = pitch(a.out_width);
-  a.ring_pairs = a.tiles / 2 + 2;
-  a.x_offset = a.ring_pairs * step * a.in_pitch + 16;
-  a.dots_offset = a.x_offset + (has_dots ? step * a.x_pitch + 16 : 0);
-  a.out_offset = a.dots_offset + (has_dots ? a.tiles * 1024 : 0);
-  a.warp_bytes = round_up(a.out_offset + (plan.aligned ? 0 : 16 * a.out_pitch + 16), 16);
-  const auto shared = [&](int warps) { return round_up(4 * (16 * a.tiles + 16), 16) + warps * a.warp_bytes; };
-  const auto resident = [&](int warps) {  // blocks of a multiprocessor
-    return std::min<int64_t>(resident_blocks(gradient, plan.aligned) * 4 / warps, device.shared_per_multiprocessor / (shared(warps) + 1024));
-  };
-  double most = 0;
-  for (int warps : {4, 2, 1}) {  // as many busy ones as registers and shared memory have room for; preferably 4, which read 512 bytes of a row
-    const double busy = shared(warps) > device.shared_bytes ? 0 : resident(warps) * warps * (double(lines) / round_up(lines, warps));
-    if (busy > 1.1 * most) most = busy, plan.warps = warps;
-  }
-  if (!(plan.applies = most > 0)) return plan;
-  plan.shared = shared(plan.warps);
-
-  // As few bands as keep the device busy: their first steps read rows of the band before. Costs are in quarters of a step.
-  // More waves than needed: smaller blocks, which the device starts in the order of memory, share what they read of it.
-  const int64_t least = gradient ? 1 : plan.aligned ? 2 : 8, blocks = device.multiprocessors * resident(plan.warps);
-  const int64_t steps = ceil_div(ceil_div(a.out_rows, p.dilation), step), groups = ceil_div(lines, plan.warps);
-  int64_t best = INT64_MAX;
-  for (int64_t bands = 1; bands <= std::min<int64_t>(steps, 64); ++bands) {
-    const int64_t band_steps = ceil_div(steps, bands), units = groups * residues * ceil_div(steps, band_steps);
-    for (int64_t waves = least; waves <= 4 * least; ++waves) {
-      const int64_t splits = std::clamp<int64_t>(blocks * waves / p.C, 1, units), each = ceil_div(units, splits);
-      const int64_t cost = ceil_div(p.C * splits, blocks) * (each * (4 * band_steps + (bands > 1 ? 2 : 1) * (a.tiles / 2)) + 4);
-      if (cost < best) best = cost, a.bands = ceil_div(steps, band_steps), a.band_steps = band_steps, a.units = units, a.splits = ceil_div(units, each);
-    }
-  }
-  plan.partial = sizeof(float) * p.C * a.splits * (p.K + 1);
-  return plan;
-}
-
-template <class T, bool Gradient>
-const char* toeplitz_launch(const ToeplitzPlan& plan, const void* in, const void* x, const void* weight, const void* bias, void* out, float* partial,
-                            cudaStream_t stream) {
-  const auto kernel = plan.aligned ? toeplitz<T, true, Gradient> : toeplitz<T, false, Gradient>;
-  if (plan.shared > 48 << 10)
-    if (const char* error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)))) return error;
-  kernel<<<plan.a.C * plan.a.splits, plan.warps * 32, plan.shared, stream>>>(plan.a, (const T*)in, (const T*)x, (const T*)weight, (const T*)bias, (T*)out, partial);
-  return check(cudaGetLastError());
-}
 }  // namespace
 
 bool toeplitz_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
   const ToeplitzPlan plan = toeplitz_plan(p, false, false, false, x, nullptr, y);
   if (!plan.applies) return false;
-  const auto launch = p.type == Type::f16 ? toeplitz_launch<__half, false> : toeplitz_launch<__nv_bfloat16, false>;
-  error = launch(plan, x, nullptr, weight, bias, y, nullptr, cudaStream_t(stream));
+  const auto launch = [&]<class T> { return toeplitz_launch<T>(plan, plan.aligned ? toeplitz<T, true, false> : toeplitz<T, false, false>, x, nullptr, weight, bias, y, nullptr, stream); };
+  error = p.type == Type::f16 ? launch.template operator()<__half>() : launch.template operator()<__nv_bfloat16>();
   return true;
 }
 
@@ -1073,16 +1105,221 @@ bool toeplitz_backward(const Problem& p, const void* grad_output, const void* x,
                        void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
   const ToeplitzPlan plan = toeplitz_plan(p, true, grad_weight, grad_bias, grad_output, x, grad_input);
   if (!plan.applies) return false;
-  const auto launch = [&]<class T>() {
-    if (!grad_weight && !grad_bias) return toeplitz_launch<T, false>(plan, grad_output, nullptr, weight, nullptr, grad_input, nullptr, cudaStream_t(stream));
-    float* const partial = static_cast<float*>(scratch(plan.partial, context));
-    if (const char* error = toeplitz_launch<T, true>(plan, grad_output, x, weight, nullptr, grad_input, partial, cudaStream_t(stream))) return error;
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = plan.a.C, config.blockDim = 256, config.stream = cudaStream_t(stream), config.attrs = &early;
-    config.numAttrs = current_device().capability >= 9;
-    return check(cudaLaunchKernelEx(&config, toeplitz_reduce<T>, plan.a, p, (const float*)partial, (const T*)grad_output, (const T*)x, (T*)grad_weight, (T*)grad_bias));
+  const auto launch = [&]<class T> {
+    const auto kernel = !grad_weight && !grad_bias ? plan.aligned ? toeplitz<T, true, false> : toeplitz<T, false, false>
+                        : plan.aligned ? toeplitz<T, true, true> : toeplitz<T, false, true>;
+    return toeplitz_gradients<T>(plan, kernel, p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
+  };
+  error = p.type == Type::f16 ? launch.template operator()<__half>() : launch.template operator()<__nv_bfloat16>();
+  return true;
+}
+// ---- end of the part for contiguous layout on tensor cores ----
+
+namespace {
+// The words made of one number of each of two places, for 8 channels.
+__device__ void load_pairs(uint32_t (&to)[8], const unsigned char* first, const unsigned char* second) {
+  const uint4 v = at<uint4>(first), w = at<uint4>(second);
+  to[0] = __byte_perm(v.x, w.x, 0x5410), to[1] = __byte_perm(v.x, w.x, 0x7632), to[2] = __byte_perm(v.y, w.y, 0x5410), to[3] = __byte_perm(v.y, w.y, 0x7632);
+  to[4] = __byte_perm(v.z, w.z, 0x5410), to[5] = __byte_perm(v.z, w.z, 0x7632), to[6] = __byte_perm(v.w, w.w, 0x5410), to[7] = __byte_perm(v.w, w.w, 0x7632);
+}
+
+// 32 rows of 8 channels of 8 pixels from the definition, to shared memory.
+template <class T>
+__device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weight, const T* bias, unsigned char* staged, int n, int first_channel, int first_row, int first_column) {
+  for (int i = threadIdx.x % 32; i < step * 8 * pixels; i += 32) {
+    const int row = first_row + i / 8 / pixels * int(a.dilation.divisor), in_column = first_column + i / 8 % pixels + a.column_shift, c = first_channel + i % 8;
+    if (c >= a.C) continue;
+    float sum = bias ? widen(bias[c]) : 0;
+    if (in_column >= 0 && in_column < a.in_width)
+      for (int k = 0; k < a.K; ++k) {
+        const int in_row = row + a.row_shift + k * int(a.dilation.divisor);
+        if (in_row >= 0 && in_row < a.in_rows)
+          sum += widen(weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)]) * widen(in[((int64_t(n) * a.in_rows + in_row) * a.in_width + in_column) * a.C + c]);
+      }
+    *reinterpret_cast<T*>(staged + i / 8 / pixels * aligned_pitch + i / 8 % pixels * 16 + i % 8 * 2) = narrow<T>(sum);
+  }
+}
+
+// As `toeplitz`, for channels_last: a warp's strip is 8 pixels of 8 channels, a product's columns are a channel's pixels. Lanes load
+// 16 bytes, that is, 8 channels of a pixel, and from two of these make the fragments of 8 channels. A block's strips lie side by side
+// in memory: up to 4 times 8 channels of a pixel, and more pixels where there are fewer channels. All of its threads copy their
+// rows in memory's order, and those of out, which take the place of the step's first rows of in in shared memory.
+//
+// Gradient: such a warp, the first, makes the gradient of the input; for each t another keeps the strip's D_t in registers for the
+// block's life: the gradient's sums over pixels take two blocks of 16 rows at once.
+template <class T, bool Gradient>
+__global__ void __launch_bounds__(Gradient ? 512 : 128, Gradient ? 1 : 3)
+toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
+              const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
+  constexpr int pitch = aligned_pitch, pair_bytes = step * pitch;
+  extern __shared__ __align__(16) unsigned char shared[];
+  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, d = a.dilation.divisor, tiles = a.tiles, lead = tiles / 2, entries = a.ring_offset / 32;
+  const int strips = a.groups * a.side, role = Gradient ? threadIdx.x / (32 * strips) : 0, thread = threadIdx.x - role * 32 * strips;
+  const int split = blockIdx.x / a.sets, set_channel = blockIdx.x % a.sets * a.groups * 8;
+  const int own_strip = thread / 32, own_channel = set_channel + own_strip % a.groups * 8;
+  unsigned char* const mine = shared + own_strip * a.warp_bytes;
+  unsigned char* const ring = mine + a.ring_offset;
+  unsigned char* const ring_end = ring + a.ring_pairs * pair_bytes;
+
+  // The vector that the thread copies of rows copied_row, copied_row + 4, ...
+  const int vector = thread % (8 * strips), copied_row = thread / (8 * strips), copied_side = vector / a.groups / pixels;
+  const int copied_pixel = vector / a.groups % pixels, copied_channel = set_channel + vector % a.groups * 8;
+  const int copied_at = (copied_side * a.groups + vector % a.groups) * a.warp_bytes + copied_row * pitch + copied_pixel * 16;
+
+  // Copies the next pair of blocks of `in`, or the rows of x of the step that it completes.
+  const T* const source = role ? x : in;
+  const int copied_rows = role ? a.out_rows : a.in_rows, copied_width = role ? a.out_width : a.in_width;
+  const int64_t row_numbers = int64_t(d) * copied_width * a.C;
+  const T* from;
+  int lo = 0, hi = 0;  // rows that there are from there on
+  int fetched_unit = split - a.splits, pair = 0, pairs = 0, slot = 0, x_slot = 0;
+  const auto fetch = [&] {
+    if (pair++ == pairs) {
+      const int steps = next_steps(a, fetched_unit);
+      pairs = steps + lead, pair = steps > 0;
+      if (pair) {
+        const Band of = band(a, fetched_unit, copied_side);
+        const int row = of.row + (role ? 0 : a.row_shift), column = of.column + copied_pixel + (role ? 0 : a.column_shift);
+        const bool there = of.busy && copied_channel < a.C && column >= 0 && column < copied_width;
+        lo = a.dilation.steps(-row) - copied_row, hi = there ? a.dilation.steps(copied_rows - row) - copied_row : -step;
+        from = source + ((int64_t(of.n) * copied_rows + row) * copied_width + column) * a.C + copied_channel + copied_row * row_numbers;
+      }
+    }
+    if (role == 0 ? pair > 0 : role == 1 && pair > lead && a.has_dots) {
+      unsigned char* const to = shared + copied_at + (role ? a.x_offset + x_slot * pair_bytes : a.ring_offset + slot * pair_bytes);
+#pragma unroll
+      for (int i = 0; i < step / 4; ++i, from += 4 * row_numbers) {
+        const bool valid = 4 * i >= lo && 4 * i < hi;
+        copy_async(to + 4 * i * pitch, valid ? from : source, valid ? 16 : 0);
+      }
+      lo -= step, hi -= step;
+    }
+    slot = slot + 1 == a.ring_pairs ? 0 : slot + 1, x_slot ^= 1;
+    end_group_of_copies();
+  };
+  fetch();
+#if __CUDA_ARCH__ >= 900
+  if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  // Pairs of taps from -15 on for 8 channels, those of 4 channels side by side.
+  if (role == 0) {
+    for (int i = lane; i < a.ring_offset / 4; i += 32) {
+      const int k = i / 4 % entries - 15, c = own_channel + i / 4 / entries * 4 + i % 4;
+      const auto tap = [&](int k) { return weight && k >= 0 && k < a.K && c < a.C ? weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)] : narrow<T>(0); };
+      reinterpret_cast<Packed<T, 2>*>(mine)[i] = {tap(k), tap(k + 1)};
+    }
+  }
+  const unsigned char* const taps = mine + (15 + 2 * q - g) * 16;
+  float initial[8] = {};
+  if (!Gradient && bias && own_channel < a.C) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) initial[i] = widen(bias[own_channel + i]);
+  }
+
+  // Calls body(unit, step, the step's first block) where a step's rows are there.
+  const auto each_step = [&](auto&& begin, auto&& body) {
+    for (int unit = split - a.splits, steps; (steps = next_steps(a, unit)) > 0;) {
+      begin(unit);
+      for (int s = -lead; s < steps; ++s) {
+        __syncthreads();
+        fetch();  // to the slot before that of the step's first pair, which the step before read first
+        await_copies<1>();
+        __syncthreads();
+        if (s >= 0) body(s, ring + slot * pair_bytes);
+      }
+    }
+  };
+  const auto advance = [&](unsigned char* block) { return block += 16 * pitch, block == ring_end ? ring : block; };
+
+  if (role == 0) {
+    Band of;
+    T* to;
+    const int64_t row_numbers = int64_t(d) * a.out_width * a.C;
+    int left;  // rows that the thread writes
+    each_step([&](int unit) {
+      const Band copied = band(a, unit, copied_side);
+      const int column = copied.column + copied_pixel;
+      of = band(a, unit, own_strip / a.groups);
+      to = out + ((int64_t(copied.n) * a.out_rows + copied.row + copied_row * d) * a.out_width + column) * a.C + copied_channel;
+      left = copied.busy && copied_channel < a.C && column >= 0 && column < a.out_width ? copied.rows - copied_row : 0;
+    }, [&](int s, unsigned char* const first_block) {
+      if (!Gradient || out) {
+        float acc[2][8][4];
+        uint32_t b[2][2][8];  // of two blocks: rows 2 q and 2 q + 1, 2 q + 8 and 2 q + 9
+        unsigned char* block = first_block;
+#pragma unroll
+        for (int i = 0; i < 64; ++i) acc[i / 32][i / 4 % 8][i % 4] = initial[i / 4 % 8];
+        const auto load_block = [&](uint32_t (&to)[2][8]) {
+          const unsigned char* const from = block + 2 * q * pitch + g * 16;
+          load_pairs(to[0], from, from + pitch), load_pairs(to[1], from + 8 * pitch, from + 9 * pitch);
+          block = advance(block);
+        };
+        // A_u meets block u for the step's first block of out and block u + 1 for its second.
+        const auto meet = [&](int u, uint32_t (&upper)[2][8], uint32_t (&lower)[2][8]) {
+          load_block(lower);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const unsigned char* const from = taps + (half * entries + 16 * u) * 16;
+            const Packed<uint32_t, 4> before = at<Packed<uint32_t, 4>>(from - 128), same = at<Packed<uint32_t, 4>>(from), after = at<Packed<uint32_t, 4>>(from + 128);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              multiply_add<T>(acc[0][half * 4 + i], same.at[i], before.at[i], after.at[i], same.at[i], upper[0][half * 4 + i], upper[1][half * 4 + i]);
+              multiply_add<T>(acc[1][half * 4 + i], same.at[i], before.at[i], after.at[i], same.at[i], lower[0][half * 4 + i], lower[1][half * 4 + i]);
+            }
+          }
+        };
+        load_block(b[0]);
+#pragma unroll 1
+        for (int u = 0; u < tiles; u += 2) {
+          meet(u, b[0], b[1]);
+          if (u + 1 < tiles) meet(u + 1, b[1], b[0]);
+        }
+
+        uint4 packed[2][4];  // rows g and g + 8, pixels 2 q and 2 q + 1
+        uint32_t nan = 0;
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          const auto& from = acc[i / 16];
+          const int k = i / 4 % 4, c = i % 4 * 2;
+          const Packed<T, 2> pair = pack<T, 2>({from[c][k], from[c + 1][k]});
+          nan = max_nan<T>(nan, (&packed[i / 16][k].x)[i % 4] = reinterpret_cast<const uint32_t&>(pair));
+        }
+        if constexpr (Gradient) __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 8; ++i) *reinterpret_cast<uint4*>(first_block + (i / 2 * 8 + g) * pitch + (2 * q + i % 2) * 16) = packed[i / 4][i % 4];
+        constexpr uint32_t infinity = std::is_same_v<T, __half> ? 0x7c00 : 0x7f80;
+        if (__any_sync(~0u, (nan & 0x7fff) > infinity || (nan >> 16 & 0x7fff) > infinity))
+          redo(a, in, weight, bias, first_block, of.n, own_channel, of.row + s * step * d, of.column);
+        __syncthreads();
+        const unsigned char* const staged = shared + copied_at + (first_block - mine);
+#pragma unroll
+        for (int i = 0; i < step / 4; ++i, to += 4 * row_numbers)
+          if (s * step + 4 * i < left) *reinterpret_cast<uint4*>(to) = at<uint4>(staged + 4 * i * pitch);
+      } else if constexpr (Gradient) {
+        __syncthreads();
+        __syncthreads();
+      }
+    });
+  }
+}
+}  // namespace
+
+bool toeplitz_forward_last(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
+  const ToeplitzPlan plan = toeplitz_plan(p, false, false, false, x, nullptr, y);
+  if (!plan.applies) return false;
+  error = p.type == Type::f16 ? toeplitz_launch<__half>(plan, toeplitz_last<__half, false>, x, nullptr, weight, bias, y, nullptr, stream)
+                              : toeplitz_launch<__nv_bfloat16>(plan, toeplitz_last<__nv_bfloat16, false>, x, nullptr, weight, bias, y, nullptr, stream);
+  return true;
+}
+
+bool toeplitz_backward_last(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
+                            void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
+  if (grad_weight || grad_bias) return false;
+  const ToeplitzPlan plan = toeplitz_plan(p, true, grad_weight, grad_bias, grad_output, x, grad_input);
+  if (!plan.applies) return false;
+  const auto launch = [&]<class T> {
+    const auto kernel = toeplitz_last<T, false>;
+    return toeplitz_gradients<T>(plan, kernel, p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
   };
   error = p.type == Type::f16 ? launch.template operator()<__half>() : launch.template operator()<__nv_bfloat16>();
   return true;
