@@ -492,6 +492,7 @@ struct Toeplitz {
   bool reversed, has_dots, has_bias_sum, in_even, x_even, out_even;  // even: strips' rows begin at multiples of 4 bytes
   int in_rows, in_width, out_rows, out_width;
   int64_t in_plane, out_plane;           // numbers
+  int64_t in_row, out_row;               // numbers from a row to the next of its residue class, in channels_last
   int row_shift, column_shift;           // row and column of in that tap 0 takes to row and column 0 of out
   int column_begin, advance, last_column;  // of the strips, in out: where the first and the last begin, and from one to the next
   Divisor dilation, strips;              // strips: of a plane
@@ -577,6 +578,7 @@ inline ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_do
   a.in_rows = transposed ? p.H_out : p.H, a.in_width = transposed ? p.W_out : p.W;
   a.out_rows = transposed ? p.H : p.H_out, a.out_width = transposed ? p.W : p.W_out;
   a.in_plane = int64_t(a.in_rows) * a.in_width, a.out_plane = int64_t(a.out_rows) * a.out_width;
+  a.in_row = int64_t(a.in_width) * p.C * p.dilation, a.out_row = int64_t(a.out_width) * p.C * p.dilation;
   a.row_shift = transposed ? p.padding_h - (p.K - 1) * p.dilation : -p.padding_h;
   a.column_shift = transposed ? p.padding_w : -p.padding_w;
   a.column_begin = has_bias_sum ? -p.padding_w : 0;
@@ -1123,20 +1125,20 @@ __device__ void load_pairs(uint32_t (&to)[8], const unsigned char* first, const 
   to[4] = __byte_perm(v.z, w.z, 0x5410), to[5] = __byte_perm(v.z, w.z, 0x7632), to[6] = __byte_perm(v.w, w.w, 0x5410), to[7] = __byte_perm(v.w, w.w, 0x7632);
 }
 
-// 32 rows of 8 channels of 8 pixels from the definition, to shared memory.
+// 8 channels, from c on, of a pixel of out from the definition.
 template <class T>
-__device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weight, const T* bias, unsigned char* staged, int n, int first_channel, int first_row, int first_column) {
-  for (int i = threadIdx.x % 32; i < step * 8 * pixels; i += 32) {
-    const int row = first_row + i / 8 / pixels * int(a.dilation.divisor), in_column = first_column + i / 8 % pixels + a.column_shift, c = first_channel + i % 8;
-    if (c >= a.C) continue;
+__device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weight, const T* bias, T* out, int n, int row, int column, int c) {
+  out += ((int64_t(n) * a.out_rows + row) * a.out_width + column) * a.C;
+  column += a.column_shift;
+  for (const int end = c + 8; c < end; ++c) {
     float sum = bias ? widen(bias[c]) : 0;
-    if (in_column >= 0 && in_column < a.in_width)
+    if (column >= 0 && column < a.in_width)
       for (int k = 0; k < a.K; ++k) {
         const int in_row = row + a.row_shift + k * int(a.dilation.divisor);
         if (in_row >= 0 && in_row < a.in_rows)
-          sum += widen(weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)]) * widen(in[((int64_t(n) * a.in_rows + in_row) * a.in_width + in_column) * a.C + c]);
+          sum += widen(weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)]) * widen(in[((int64_t(n) * a.in_rows + in_row) * a.in_width + column) * a.C + c]);
       }
-    *reinterpret_cast<T*>(staged + i / 8 / pixels * aligned_pitch + i / 8 % pixels * 16 + i % 8 * 2) = narrow<T>(sum);
+    out[c] = narrow<T>(sum);
   }
 }
 
@@ -1157,9 +1159,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
   const int strips = a.groups * a.side, role = Gradient ? threadIdx.x / (32 * strips) : 0, thread = threadIdx.x - role * 32 * strips;
   const int split = blockIdx.x / a.sets, set_channel = blockIdx.x % a.sets * a.groups * 8;
   const int own_strip = thread / 32, own_channel = set_channel + own_strip % a.groups * 8;
-  unsigned char* const mine = shared + own_strip * a.warp_bytes;
-  unsigned char* const ring = mine + a.ring_offset;
-  unsigned char* const ring_end = ring + a.ring_pairs * pair_bytes;
+  const int mine = own_strip * a.warp_bytes, ring = mine + a.ring_offset;  // in shared memory
 
   // The vector that the thread copies of rows copied_row, copied_row + 4, ...
   const int vector = thread % (8 * strips), copied_row = thread / (8 * strips), copied_side = vector / a.groups / pixels;
@@ -1169,7 +1169,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
   // Copies the next pair of blocks of `in`, or the rows of x of the step that it completes.
   const T* const source = role ? x : in;
   const int copied_rows = role ? a.out_rows : a.in_rows, copied_width = role ? a.out_width : a.in_width;
-  const int64_t row_numbers = int64_t(d) * copied_width * a.C;
+  const int64_t row_numbers = role ? a.out_row : a.in_row;
   const T* from;
   int lo = 0, hi = 0;  // rows that there are from there on
   int fetched_unit = split - a.splits, pair = 0, pairs = 0, slot = 0, x_slot = 0;
@@ -1206,14 +1206,14 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     for (int i = lane; i < a.ring_offset / 4; i += 32) {
       const int k = i / 4 % entries - 15, c = own_channel + i / 4 / entries * 4 + i % 4;
       const auto tap = [&](int k) { return weight && k >= 0 && k < a.K && c < a.C ? weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)] : narrow<T>(0); };
-      reinterpret_cast<Packed<T, 2>*>(mine)[i] = {tap(k), tap(k + 1)};
+      reinterpret_cast<Packed<T, 2>*>(shared + mine)[i] = {tap(k), tap(k + 1)};
     }
   }
-  const unsigned char* const taps = mine + (15 + 2 * q - g) * 16;
-  float initial[8] = {};
+  const int taps = mine + (15 + 2 * q - g) * 16;
+  Packed<T, 8> initial{};
   if (!Gradient && bias && own_channel < a.C) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) initial[i] = widen(bias[own_channel + i]);
+    for (int i = 0; i < 8; ++i) initial.at[i] = bias[own_channel + i];
   }
 
   // Calls body(unit, step, the step's first block) where a step's rows are there.
@@ -1225,76 +1225,78 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
         fetch();  // to the slot before that of the step's first pair, which the step before read first
         await_copies<1>();
         __syncthreads();
-        if (s >= 0) body(s, ring + slot * pair_bytes);
+        if (s >= 0) body(unit, s, ring + slot * pair_bytes);
       }
     }
   };
-  const auto advance = [&](unsigned char* block) { return block += 16 * pitch, block == ring_end ? ring : block; };
+  const auto next_block = [&](int block) { return block += 16 * pitch, block == ring + a.ring_pairs * pair_bytes ? ring : block; };
 
   if (role == 0) {
-    Band of;
     T* to;
-    const int64_t row_numbers = int64_t(d) * a.out_width * a.C;
     int left;  // rows that the thread writes
     each_step([&](int unit) {
       const Band copied = band(a, unit, copied_side);
       const int column = copied.column + copied_pixel;
-      of = band(a, unit, own_strip / a.groups);
       to = out + ((int64_t(copied.n) * a.out_rows + copied.row + copied_row * d) * a.out_width + column) * a.C + copied_channel;
       left = copied.busy && copied_channel < a.C && column >= 0 && column < a.out_width ? copied.rows - copied_row : 0;
-    }, [&](int s, unsigned char* const first_block) {
+    }, [&](int unit, int s, int first_block) {
       if (!Gradient || out) {
-        float acc[2][8][4];
+        float acc[2][8][4], first[8];
+        unpack(first, initial);
         uint32_t b[2][2][8];  // of two blocks: rows 2 q and 2 q + 1, 2 q + 8 and 2 q + 9
-        unsigned char* block = first_block;
+        int block = first_block;
 #pragma unroll
-        for (int i = 0; i < 64; ++i) acc[i / 32][i / 4 % 8][i % 4] = initial[i / 4 % 8];
+        for (int i = 0; i < 64; ++i) acc[i / 32][i / 4 % 8][i % 4] = first[i / 4 % 8];
         const auto load_block = [&](uint32_t (&to)[2][8]) {
-          const unsigned char* const from = block + 2 * q * pitch + g * 16;
+          const unsigned char* const from = shared + block + 2 * q * pitch + g * 16;
           load_pairs(to[0], from, from + pitch), load_pairs(to[1], from + 8 * pitch, from + 9 * pitch);
-          block = advance(block);
+          block = next_block(block);
         };
-        // A_u meets block u for the step's first block of out and block u + 1 for its second.
-        const auto meet = [&](int u, uint32_t (&upper)[2][8], uint32_t (&lower)[2][8]) {
-          load_block(lower);
+        load_block(b[1]);
+#pragma unroll 1
+        for (int u = 0; u < tiles; ++u) {  // A_u meets block u for the step's first block of out and block u + 1 for its second
+#pragma unroll
+          for (int i = 0; i < 16; ++i) b[0][i / 8][i % 8] = b[1][i / 8][i % 8];
+          load_block(b[1]);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const unsigned char* const from = taps + (half * entries + 16 * u) * 16;
+            const unsigned char* const from = shared + taps + (half * entries + 16 * u) * 16;
             const Packed<uint32_t, 4> before = at<Packed<uint32_t, 4>>(from - 128), same = at<Packed<uint32_t, 4>>(from), after = at<Packed<uint32_t, 4>>(from + 128);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              multiply_add<T>(acc[0][half * 4 + i], same.at[i], before.at[i], after.at[i], same.at[i], upper[0][half * 4 + i], upper[1][half * 4 + i]);
-              multiply_add<T>(acc[1][half * 4 + i], same.at[i], before.at[i], after.at[i], same.at[i], lower[0][half * 4 + i], lower[1][half * 4 + i]);
+            for (int i = 0; i < 8; ++i) {
+              const int c = half * 4 + i % 4;
+              multiply_add<T>(acc[i / 4][c], same.at[i % 4], before.at[i % 4], after.at[i % 4], same.at[i % 4], b[i / 4][0][c], b[i / 4][1][c]);
             }
           }
-        };
-        load_block(b[0]);
-#pragma unroll 1
-        for (int u = 0; u < tiles; u += 2) {
-          meet(u, b[0], b[1]);
-          if (u + 1 < tiles) meet(u + 1, b[1], b[0]);
         }
 
         uint4 packed[2][4];  // rows g and g + 8, pixels 2 q and 2 q + 1
-        uint32_t nan = 0;
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
           const auto& from = acc[i / 16];
           const int k = i / 4 % 4, c = i % 4 * 2;
           const Packed<T, 2> pair = pack<T, 2>({from[c][k], from[c + 1][k]});
-          nan = max_nan<T>(nan, (&packed[i / 16][k].x)[i % 4] = reinterpret_cast<const uint32_t&>(pair));
+          (&packed[i / 16][k].x)[i % 4] = reinterpret_cast<const uint32_t&>(pair);
         }
         if constexpr (Gradient) __syncthreads();
 #pragma unroll
-        for (int i = 0; i < 8; ++i) *reinterpret_cast<uint4*>(first_block + (i / 2 * 8 + g) * pitch + (2 * q + i % 2) * 16) = packed[i / 4][i % 4];
-        constexpr uint32_t infinity = std::is_same_v<T, __half> ? 0x7c00 : 0x7f80;
-        if (__any_sync(~0u, (nan & 0x7fff) > infinity || (nan >> 16 & 0x7fff) > infinity))
-          redo(a, in, weight, bias, first_block, of.n, own_channel, of.row + s * step * d, of.column);
+        for (int i = 0; i < 8; ++i) *reinterpret_cast<uint4*>(shared + first_block + (i / 2 * 8 + g) * pitch + (2 * q + i % 2) * 16) = packed[i / 4][i % 4];
         __syncthreads();
         const unsigned char* const staged = shared + copied_at + (first_block - mine);
+        uint32_t nan = 0;
 #pragma unroll
-        for (int i = 0; i < step / 4; ++i, to += 4 * row_numbers)
-          if (s * step + 4 * i < left) *reinterpret_cast<uint4*>(to) = at<uint4>(staged + 4 * i * pitch);
+        for (int i = 0; i < step / 4; ++i, to += 4 * a.out_row)
+          if (s * step + 4 * i < left) {
+            const uint4 v = at<uint4>(staged + 4 * i * pitch);
+            *reinterpret_cast<uint4*>(to) = v;
+            nan = max_nan<T>(max_nan<T>(nan, max_nan<T>(v.x, v.y)), max_nan<T>(v.z, v.w));
+          }
+        constexpr uint32_t infinity = std::is_same_v<T, __half> ? 0x7c00 : 0x7f80;
+        if ((nan & 0x7fff) > infinity || (nan >> 16 & 0x7fff) > infinity) {
+          const Band of = band(a, unit, copied_side);
+#pragma unroll 1
+          for (int i = s * step; i < (s + 1) * step && i < left; i += 4) redo(a, in, weight, bias, out, of.n, of.row + (i + copied_row) * d, of.column + copied_pixel, copied_channel);
+        }
       } else if constexpr (Gradient) {
         __syncthreads();
         __syncthreads();
