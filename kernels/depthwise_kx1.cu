@@ -533,15 +533,15 @@ template <class T> __global__ void toeplitz_reduce(const __grid_constant__ Toepl
     const auto add_lanes = [&] { for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o); };
     for (int i = lane; i < a.splits; i += 32) sum += partial[(int64_t(c) * a.splits + i) * (a.K + 1) + k];
     add_lanes();
-    if (k < a.K && a.has_dots && isnan(sum)) {
+    if (isnan(sum) && (k < a.K ? a.has_dots : a.has_bias_sum)) {
       sum = 0;
       for (int64_t n = 0; n < p.N; ++n)
         for (int64_t i = 0; i < p.H_out; ++i) {
-          const int64_t row = i - p.padding_h + k * p.dilation;
+          const int64_t row = k < a.K ? i - p.padding_h + k * p.dilation : 0;
           const auto place = [&](int64_t H, int64_t W, int64_t h, int64_t w) { return p.channels_last ? ((n * H + h) * W + w) * p.C + c : ((n * p.C + c) * H + h) * W + w; };
           if (row < 0 || row >= p.H) continue;
-          for (int64_t w = lane; w < p.W; w += 32)
-            sum += widen(grad_output[place(p.H_out, p.W_out, i, w + p.padding_w)]) * widen(x[place(p.H, p.W, row, w)]);
+          for (int64_t w = lane; w < (k < a.K ? p.W : p.W_out); w += 32)
+            sum += k < a.K ? widen(grad_output[place(p.H_out, p.W_out, i, w + p.padding_w)]) * widen(x[place(p.H, p.W, row, w)]) : widen(grad_output[place(p.H_out, p.W_out, i, w)]);
         }
       add_lanes();
     }
@@ -1125,6 +1125,18 @@ __device__ void load_pairs(uint32_t (&to)[8], const unsigned char* first, const 
   to[4] = __byte_perm(v.z, w.z, 0x5410), to[5] = __byte_perm(v.z, w.z, 0x7632), to[6] = __byte_perm(v.w, w.w, 0x5410), to[7] = __byte_perm(v.w, w.w, 0x7632);
 }
 
+// d += a b for fragments of 16 x 8 and 8 x 8 numbers.
+template <class T> __device__ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __half>)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
+  else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
+#endif
+}
+
 // 8 channels, from c on, of a pixel of out from the definition.
 template <class T>
 __device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weight, const T* bias, T* out, int n, int row, int column, int c) {
@@ -1153,7 +1165,7 @@ template <class T, bool Gradient>
 __global__ void __launch_bounds__(Gradient ? 512 : 128, Gradient ? 1 : 3)
 toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
               const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
-  constexpr int pitch = aligned_pitch, pair_bytes = step * pitch;
+  constexpr int pitch = aligned_pitch, pair_bytes = step * pitch, together = Gradient ? 1 : 2;  // blocks of out at a time
   extern __shared__ __align__(16) unsigned char shared[];
   const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, d = a.dilation.divisor, tiles = a.tiles, lead = tiles / 2, entries = a.ring_offset / 32;
   const int strips = a.groups * a.side, role = Gradient ? threadIdx.x / (32 * strips) : 0, thread = threadIdx.x - role * 32 * strips;
@@ -1166,49 +1178,56 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
   const int copied_pixel = vector / a.groups % pixels, copied_channel = set_channel + vector % a.groups * 8;
   const int copied_at = (copied_side * a.groups + vector % a.groups) * a.warp_bytes + copied_row * pitch + copied_pixel * 16;
 
-  // Copies the next pair of blocks of `in`, or the rows of x of the step that it completes.
-  const T* const source = role ? x : in;
-  const int copied_rows = role ? a.out_rows : a.in_rows, copied_width = role ? a.out_width : a.in_width;
-  const int64_t row_numbers = role ? a.out_row : a.in_row;
-  const T* from;
-  int lo = 0, hi = 0;  // rows that there are from there on
-  int fetched_unit = split - a.splits, pair = 0, pairs = 0, slot = 0, x_slot = 0;
-  const auto fetch = [&] {
-    if (pair++ == pairs) {
-      const int steps = next_steps(a, fetched_unit);
-      pairs = steps + lead, pair = steps > 0;
-      if (pair) {
-        const Band of = band(a, fetched_unit, copied_side);
-        const int row = of.row + (role ? 0 : a.row_shift), column = of.column + copied_pixel + (role ? 0 : a.column_shift);
-        const bool there = of.busy && copied_channel < a.C && column >= 0 && column < copied_width;
-        lo = a.dilation.steps(-row) - copied_row, hi = there ? a.dilation.steps(copied_rows - row) - copied_row : -step;
-        from = source + ((int64_t(of.n) * copied_rows + row) * copied_width + column) * a.C + copied_channel + copied_row * row_numbers;
+  int unit = split - a.splits, pair = 0, pairs = 0, slot = 0, x_slot = 0;
+  const auto next_block = [&](int block) { return block += 16 * pitch, block == ring + a.ring_pairs * pair_bytes ? ring : block; };
+  // Copies rows of `in`, pair after pair of blocks, or of x for the step that such a pair completes, and calls body(s, its first block)
+  // for each step s of all units, before that begin(unit) for each unit, at once prepare().
+  const auto each_step = [&]<bool OfX>(auto&& prepare, auto&& begin, auto&& body) {
+    const T* const source = OfX ? x : in;
+    const T* from;
+    int lo = 0, hi = 0;  // rows that there are from there on
+    const int64_t row_numbers = OfX ? a.out_row : a.in_row;
+    const auto fetch = [&] {
+      if (pair++ == pairs) {
+        const int steps = next_steps(a, unit);
+        pairs = steps + lead, pair = steps > 0;
+        if (pair) {
+          const Band of = band(a, unit, copied_side);
+          const int rows = OfX ? a.out_rows : a.in_rows, width = OfX ? a.out_width : a.in_width;
+          const int row = of.row + (OfX ? 0 : a.row_shift), column = of.column + copied_pixel + (OfX ? 0 : a.column_shift);
+          const bool there = of.busy && copied_channel < a.C && column >= 0 && column < width;
+          lo = a.dilation.steps(-row) - copied_row, hi = there ? a.dilation.steps(rows - row) - copied_row : -step;
+          from = source + ((int64_t(of.n) * rows + row) * width + column) * a.C + copied_channel + copied_row * row_numbers;
+        }
       }
-    }
-    if (role == 0 ? pair > 0 : role == 1 && pair > lead && a.has_dots) {
-      unsigned char* const to = shared + copied_at + (role ? a.x_offset + x_slot * pair_bytes : a.ring_offset + slot * pair_bytes);
+      if (OfX ? role == 1 && pair > lead && a.has_dots : pair > 0) {
+        unsigned char* const to = shared + copied_at + (OfX ? a.x_offset + x_slot * pair_bytes : a.ring_offset + slot * pair_bytes);
 #pragma unroll
-      for (int i = 0; i < step / 4; ++i, from += 4 * row_numbers) {
-        const bool valid = 4 * i >= lo && 4 * i < hi;
-        copy_async(to + 4 * i * pitch, valid ? from : source, valid ? 16 : 0);
+        for (int i = 0; i < step / 4; ++i, from += 4 * row_numbers) {
+          const bool valid = (OfX || 4 * i >= lo) && 4 * i < hi;
+          copy_async(to + 4 * i * pitch, valid ? from : source, valid ? 16 : 0);
+        }
+        lo -= step, hi -= step;
       }
-      lo -= step, hi -= step;
+      slot = slot + 1 == a.ring_pairs ? 0 : slot + 1, x_slot ^= 1;
+      end_group_of_copies();
+    };
+    fetch();
+    prepare();
+    while (pair > 0) {
+      const int s = pair - 1 - lead;
+      if (pair == 1) begin(unit);
+      __syncthreads();
+      fetch();  // to the slot before that of the step's first pair, which the step before read first
+      await_copies<1>();
+      __syncthreads();
+      if (s >= 0) body(s, ring + slot * pair_bytes);
     }
-    slot = slot + 1 == a.ring_pairs ? 0 : slot + 1, x_slot ^= 1;
-    end_group_of_copies();
+    if (Gradient) await_copies<0>(), __syncthreads();
   };
-  fetch();
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  // Pairs of taps from -15 on for 8 channels, those of 4 channels side by side.
-  if (role == 0) {
-    for (int i = lane; i < a.ring_offset / 4; i += 32) {
-      const int k = i / 4 % entries - 15, c = own_channel + i / 4 / entries * 4 + i % 4;
-      const auto tap = [&](int k) { return weight && k >= 0 && k < a.K && c < a.C ? weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)] : narrow<T>(0); };
-      reinterpret_cast<Packed<T, 2>*>(shared + mine)[i] = {tap(k), tap(k + 1)};
-    }
-  }
   const int taps = mine + (15 + 2 * q - g) * 16;
   Packed<T, 8> initial{};
   if (!Gradient && bias && own_channel < a.C) {
@@ -1216,67 +1235,62 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     for (int i = 0; i < 8; ++i) initial.at[i] = bias[own_channel + i];
   }
 
-  // Calls body(unit, step, the step's first block) where a step's rows are there.
-  const auto each_step = [&](auto&& begin, auto&& body) {
-    for (int unit = split - a.splits, steps; (steps = next_steps(a, unit)) > 0;) {
-      begin(unit);
-      for (int s = -lead; s < steps; ++s) {
-        __syncthreads();
-        fetch();  // to the slot before that of the step's first pair, which the step before read first
-        await_copies<1>();
-        __syncthreads();
-        if (s >= 0) body(unit, s, ring + slot * pair_bytes);
-      }
-    }
-  };
-  const auto next_block = [&](int block) { return block += 16 * pitch, block == ring + a.ring_pairs * pair_bytes ? ring : block; };
-
   if (role == 0) {
     T* to;
-    int left;  // rows that the thread writes
-    each_step([&](int unit) {
+    int left, own_unit;  // rows that the thread writes
+    each_step.template operator()<false>([&] {
+      // Pairs of taps from -15 on for 8 channels, those of 4 channels side by side.
+      for (int i = lane; i < a.ring_offset / 4; i += 32) {
+        const int k = i / 4 % entries - 15, c = own_channel + i / 4 / entries * 4 + i % 4;
+        const auto tap = [&](int k) { return weight && k >= 0 && k < a.K && c < a.C ? weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)] : narrow<T>(0); };
+        reinterpret_cast<Packed<T, 2>*>(shared + mine)[i] = {tap(k), tap(k + 1)};
+      }
+    }, [&](int unit) {
+      own_unit = unit;
       const Band copied = band(a, unit, copied_side);
       const int column = copied.column + copied_pixel;
       to = out + ((int64_t(copied.n) * a.out_rows + copied.row + copied_row * d) * a.out_width + column) * a.C + copied_channel;
       left = copied.busy && copied_channel < a.C && column >= 0 && column < a.out_width ? copied.rows - copied_row : 0;
-    }, [&](int unit, int s, int first_block) {
+    }, [&](int s, int first_block) {
       if (!Gradient || out) {
-        float acc[2][8][4], first[8];
-        unpack(first, initial);
-        uint32_t b[2][2][8];  // of two blocks: rows 2 q and 2 q + 1, 2 q + 8 and 2 q + 9
-        int block = first_block;
+        uint4 packed[2][4];  // of both blocks: rows g and g + 8, pixels 2 q and 2 q + 1
 #pragma unroll
-        for (int i = 0; i < 64; ++i) acc[i / 32][i / 4 % 8][i % 4] = first[i / 4 % 8];
-        const auto load_block = [&](uint32_t (&to)[2][8]) {
-          const unsigned char* const from = shared + block + 2 * q * pitch + g * 16;
-          load_pairs(to[0], from, from + pitch), load_pairs(to[1], from + 8 * pitch, from + 9 * pitch);
-          block = next_block(block);
-        };
-        load_block(b[1]);
+        for (int part = 0; part < 2; part += together) {
+          float acc[together][8][4], first[8];
+          uint32_t b[together][2][8];  // of a block each: rows 2 q and 2 q + 1, 2 q + 8 and 2 q + 9
+          int block = part ? next_block(first_block) : first_block;
+          unpack(first, initial);
+#pragma unroll
+          for (int i = 0; i < together * 32; ++i) acc[i / 32][i / 4 % 8][i % 4] = first[i / 4 % 8];
+          const auto load_block = [&](uint32_t (&to)[2][8]) {
+            const unsigned char* const from = shared + block + 2 * q * pitch + g * 16;
+            load_pairs(to[0], from, from + pitch), load_pairs(to[1], from + 8 * pitch, from + 9 * pitch);
+            block = next_block(block);
+          };
+          if constexpr (together == 2) load_block(b[1]);
 #pragma unroll 1
-        for (int u = 0; u < tiles; ++u) {  // A_u meets block u for the step's first block of out and block u + 1 for its second
+          for (int u = 0; u < tiles; ++u) {  // A_u meets block u for the step's first block of out and block u + 1 for its second
 #pragma unroll
-          for (int i = 0; i < 16; ++i) b[0][i / 8][i % 8] = b[1][i / 8][i % 8];
-          load_block(b[1]);
+            for (int i = 0; i < 16 * (together - 1); ++i) b[0][i / 8][i % 8] = b[1][i / 8][i % 8];
+            load_block(b[together - 1]);
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const unsigned char* const from = shared + taps + (half * entries + 16 * u) * 16;
-            const Packed<uint32_t, 4> before = at<Packed<uint32_t, 4>>(from - 128), same = at<Packed<uint32_t, 4>>(from), after = at<Packed<uint32_t, 4>>(from + 128);
+            for (int half = 0; half < 2; ++half) {
+              const unsigned char* const from = shared + taps + (half * entries + 16 * u) * 16;
+              const Packed<uint32_t, 4> before = at<Packed<uint32_t, 4>>(from - 128), same = at<Packed<uint32_t, 4>>(from), after = at<Packed<uint32_t, 4>>(from + 128);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              const int c = half * 4 + i % 4;
-              multiply_add<T>(acc[i / 4][c], same.at[i % 4], before.at[i % 4], after.at[i % 4], same.at[i % 4], b[i / 4][0][c], b[i / 4][1][c]);
+              for (int i = 0; i < 4 * together; ++i) {
+                const int c = half * 4 + i % 4;
+                multiply_add<T>(acc[i / 4][c], same.at[i % 4], before.at[i % 4], after.at[i % 4], same.at[i % 4], b[i / 4][0][c], b[i / 4][1][c]);
+              }
             }
           }
-        }
-
-        uint4 packed[2][4];  // rows g and g + 8, pixels 2 q and 2 q + 1
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-          const auto& from = acc[i / 16];
-          const int k = i / 4 % 4, c = i % 4 * 2;
-          const Packed<T, 2> pair = pack<T, 2>({from[c][k], from[c + 1][k]});
-          (&packed[i / 16][k].x)[i % 4] = reinterpret_cast<const uint32_t&>(pair);
+          for (int i = 0; i < 16 * together; ++i) {
+            const auto& from = acc[i / 16];
+            const int k = i / 4 % 4, c = i % 4 * 2;
+            const Packed<T, 2> pair = pack<T, 2>({from[c][k], from[c + 1][k]});
+            (&packed[part + i / 16][k].x)[i % 4] = reinterpret_cast<const uint32_t&>(pair);
+          }
         }
         if constexpr (Gradient) __syncthreads();
 #pragma unroll
@@ -1293,7 +1307,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           }
         constexpr uint32_t infinity = std::is_same_v<T, __half> ? 0x7c00 : 0x7f80;
         if ((nan & 0x7fff) > infinity || (nan >> 16 & 0x7fff) > infinity) {
-          const Band of = band(a, unit, copied_side);
+          const Band of = band(a, own_unit, copied_side);
 #pragma unroll 1
           for (int i = s * step; i < (s + 1) * step && i < left; i += 4) redo(a, in, weight, bias, out, of.n, of.row + (i + copied_row) * d, of.column + copied_pixel, copied_channel);
         }
@@ -1302,6 +1316,80 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
         __syncthreads();
       }
     });
+  } else if constexpr (Gradient) {
+    const int t = role - 1;
+    const bool has_bias = a.has_bias_sum && t == 0;
+    float dots[2][8][4] = {}, bias_sum[4] = {};  // dots: of columns 0 ... 7 and 8 ... 15, by channel
+    int rows;
+    each_step.template operator()<true>([] {}, [&](int unit) { rows = band(a, unit, 0).rows; }, [&](int s, int block) {
+      uint32_t other[8];
+      const auto load_rows = [&](int h) {
+        const unsigned char* const from = shared + block + (8 * h + g) * pitch + q * 32;
+        load_pairs(other, from, from + 16);
+      };
+      // Row c of the product with ones in row c alone is the sum of channel c.
+      const auto add_to_bias = [&] {
+        constexpr uint32_t ones = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) multiply_add<T>(bias_sum, c == g ? ones : 0, 0, other[c]);
+      };
+      block += t * 16 * pitch;
+      if (block >= ring + a.ring_pairs * pair_bytes) block -= a.ring_pairs * pair_bytes;
+#pragma unroll
+      for (int i = 0; i < 2; ++i, block = next_block(block)) {
+        uint32_t own[2][8];
+        const unsigned char* const from = shared + mine + a.x_offset + x_slot * pair_bytes + (16 * i + g) * pitch + q * 32;
+        load_pairs(own[0], from, from + 16), load_pairs(own[1], from + 8 * pitch, from + 8 * pitch + 16);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          load_rows(h);
+#pragma unroll
+          for (int c = 0; c < 8; ++c) multiply_add<T>(dots[h][c], own[0][c], own[1][c], other[c]);
+          if (has_bias) add_to_bias();
+        }
+      }
+      if (has_bias && (s + 1) * step >= rows) {  // a block counts where tap 0 meets it, or in the last step
+#pragma unroll 1
+        for (int i = 4; i < 2 * tiles + 2; ++i) {
+          load_rows(i % 2), add_to_bias();
+          if (i % 2) block = next_block(block);
+        }
+      }
+      __syncthreads();
+      __syncthreads();
+    });
+
+    // Sums of diagonals by channel, and of grad_output.
+    float* const square = reinterpret_cast<float*>(shared + mine) + t * 256;
+    float* const sums = square + tiles * 256;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) square[(g + i / 2 % 2 * 8) * 16 + i / 4 * 8 + 2 * q + i % 2] = dots[i / 4][c][i % 4];
+      __syncwarp();
+      float sum = 0;
+      for (int r = max(0, 15 - lane); r < min(16, 31 - lane); ++r) sum += square[r * 17 + lane - 15];
+      sums[c * 32 + lane] = sum;
+      __syncwarp();
+    }
+    float sum = bias_sum[0] + bias_sum[1];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (q == 0) sums[g * 32 + 31] = sum;
+  }
+  if constexpr (Gradient) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < a.groups * 8 * (a.K + 1); i += blockDim.x) {
+      const int k = i % (a.K + 1), c = i / (a.K + 1);
+      if (set_channel + c >= a.C) break;
+      float sum = 0;
+      for (int s = c / 8; s < strips; s += a.groups) {
+        const float* const sums = reinterpret_cast<const float*>(shared + s * a.warp_bytes) + tiles * 256 + c % 8 * 32;
+        if (k == a.K) sum += sums[31];
+        else if (a.has_dots) sum += sums[k / 16 * 256 + 15 + k % 16] + (k % 16 ? sums[(k / 16 + 1) * 256 + k % 16 - 1] : 0);
+      }
+      partial[(int64_t(set_channel + c) * a.splits + split) * (a.K + 1) + (k == a.K ? k : a.K - 1 - k)] = sum;
+    }
   }
 }
 }  // namespace
@@ -1316,11 +1404,10 @@ bool toeplitz_forward_last(const Problem& p, const void* x, const void* weight, 
 
 bool toeplitz_backward_last(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
                             void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
-  if (grad_weight || grad_bias) return false;
   const ToeplitzPlan plan = toeplitz_plan(p, true, grad_weight, grad_bias, grad_output, x, grad_input);
   if (!plan.applies) return false;
   const auto launch = [&]<class T> {
-    const auto kernel = toeplitz_last<T, false>;
+    const auto kernel = grad_weight || grad_bias ? toeplitz_last<T, true> : toeplitz_last<T, false>;
     return toeplitz_gradients<T>(plan, kernel, p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
   };
   error = p.type == Type::f16 ? launch.template operator()<__half>() : launch.template operator()<__nv_bfloat16>();
