@@ -533,15 +533,15 @@ template <class T> __global__ void toeplitz_reduce(const __grid_constant__ Toepl
     const auto add_lanes = [&] { for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o); };
     for (int i = lane; i < a.splits; i += 32) sum += partial[(int64_t(c) * a.splits + i) * (a.K + 1) + k];
     add_lanes();
-    if (isnan(sum) && (k < a.K ? a.has_dots : a.has_bias_sum)) {
+    if (k < a.K && a.has_dots && isnan(sum)) {
       sum = 0;
       for (int64_t n = 0; n < p.N; ++n)
         for (int64_t i = 0; i < p.H_out; ++i) {
-          const int64_t row = k < a.K ? i - p.padding_h + k * p.dilation : 0;
+          const int64_t row = i - p.padding_h + k * p.dilation;
           const auto place = [&](int64_t H, int64_t W, int64_t h, int64_t w) { return p.channels_last ? ((n * H + h) * W + w) * p.C + c : ((n * p.C + c) * H + h) * W + w; };
           if (row < 0 || row >= p.H) continue;
-          for (int64_t w = lane; w < (k < a.K ? p.W : p.W_out); w += 32)
-            sum += k < a.K ? widen(grad_output[place(p.H_out, p.W_out, i, w + p.padding_w)]) * widen(x[place(p.H, p.W, row, w)]) : widen(grad_output[place(p.H_out, p.W_out, i, w)]);
+          for (int64_t w = lane; w < p.W; w += 32)
+            sum += widen(grad_output[place(p.H_out, p.W_out, i, w + p.padding_w)]) * widen(x[place(p.H, p.W, row, w)]);
         }
       add_lanes();
     }
@@ -566,7 +566,7 @@ inline ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_do
   plan.aligned = last ? p.C % 8 == 0 : p.padding_w == 0 && p.W % 8 == 0;
   for (const void* at : {in, x, out}) plan.aligned = plan.aligned && reinterpret_cast<uintptr_t>(at) % 16 == 0;
   // 32-bit indices of strips, columns and rows; all of grad_output is met by some row of x.
-  plan.applies = (p.type == Type::f16 || p.type == Type::bf16) && p.stride_h == 1 && p.stride_w == 1 && device.capability >= 8 && (plan.aligned || !last) &&
+  plan.applies = (p.type == Type::f16 || p.type == Type::bf16) && p.stride_h == 1 && p.stride_w == 1 && device.capability >= 8 && (!last || (plan.aligned && p.K > 1)) &&
                  std::max({p.C * p.N * ceil_div(p.W_out, strip - overlap), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation}) < 1 << 28 &&
                  (!has_bias_sum || (p.padding_h <= (p.K - 1) * p.dilation && p.H >= p.dilation));
   // Where it pays, by measurement.
@@ -605,11 +605,12 @@ inline ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_do
   size_t table = round_up(4 * (16 * a.tiles + 16), 16);
   if (last) {
     a.ring_offset = (16 * a.tiles + 16) * 32, a.x_offset = a.ring_offset + a.ring_pairs * step * aligned_pitch, table = 0;
-    a.warp_bytes = round_up(a.x_offset + (has_dots ? 2 * step * aligned_pitch : 0), 128) + 32;
+    a.out_offset = a.x_offset + (has_dots ? 2 * step * aligned_pitch : 0);
+    a.warp_bytes = round_up(a.out_offset + (gradient ? step * aligned_pitch : 0), 128) + 32;
   }
   const auto shared = [&](int warps) { return table + warps * a.warp_bytes; };
   // Warps of a strip, and those that registers have room for on a multiprocessor.
-  const int roles = last && gradient ? 1 + (has_dots ? a.tiles : 1) : 1, room = last ? gradient ? 16 : 12 : resident_blocks(gradient, plan.aligned) * 4;
+  const int roles = last && has_dots ? 1 + a.tiles : 1, room = last ? gradient ? 16 : 12 : resident_blocks(gradient, plan.aligned) * 4;
   const auto resident = [&](int warps) { return std::min<int64_t>(room / (warps * roles), device.shared_per_multiprocessor / (shared(warps) + 1024)); };
   double most = 0;
   for (int warps : {4, 2, 1}) {  // as many busy ones as registers and shared memory have room for; preferably 4, which read 512 bytes of a row
@@ -1139,12 +1140,14 @@ template <class T> __device__ void multiply_add(float (&d)[4], uint32_t a0, uint
 
 // 8 channels, from c on, of a pixel of out from the definition.
 template <class T>
-__device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weight, const T* bias, T* out, int n, int row, int column, int c) {
+__device__ void redo(const Toeplitz& a, const T* in, const T* weight, const T* bias, T* out, int n, int row, int column, int c) {
   out += ((int64_t(n) * a.out_rows + row) * a.out_width + column) * a.C;
   column += a.column_shift;
+#pragma unroll 1
   for (const int end = c + 8; c < end; ++c) {
     float sum = bias ? widen(bias[c]) : 0;
     if (column >= 0 && column < a.in_width)
+#pragma unroll 1
       for (int k = 0; k < a.K; ++k) {
         const int in_row = row + a.row_shift + k * int(a.dilation.divisor);
         if (in_row >= 0 && in_row < a.in_rows)
@@ -1178,38 +1181,39 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
   const int copied_pixel = vector / a.groups % pixels, copied_channel = set_channel + vector % a.groups * 8;
   const int copied_at = (copied_side * a.groups + vector % a.groups) * a.warp_bytes + copied_row * pitch + copied_pixel * 16;
 
-  int unit = split - a.splits, pair = 0, pairs = 0, slot = 0, x_slot = 0;
+  int unit = split - a.splits, pair = 0, pairs = 0, slot = 0;
   const auto next_block = [&](int block) { return block += 16 * pitch, block == ring + a.ring_pairs * pair_bytes ? ring : block; };
-  // Copies rows of `in`, pair after pair of blocks, or of x for the step that such a pair completes, and calls body(s, its first block)
-  // for each step s of all units, before that begin(unit) for each unit, at once prepare().
-  const auto each_step = [&]<bool OfX>(auto&& prepare, auto&& begin, auto&& body) {
-    const T* const source = OfX ? x : in;
-    const T* from;
-    int lo = 0, hi = 0;  // rows that there are from there on
-    const int64_t row_numbers = OfX ? a.out_row : a.in_row;
+  // Rows that the thread copies next, and which of them there are.
+  struct Rows { const T* from; int lo, hi; };
+  // Calls body(s, its first block) for each step s of all units, before that begin(unit) for each unit, at once prepare(). Copying, it
+  // fetches `in`, pair after pair of blocks, and rows of x for the step that a pair completes.
+  const auto each_step = [&]<bool Copying>(auto&& prepare, auto&& begin, auto&& body) {
+    Rows in_rows{}, x_rows{};
     const auto fetch = [&] {
       if (pair++ == pairs) {
         const int steps = next_steps(a, unit);
         pairs = steps + lead, pair = steps > 0;
-        if (pair) {
+        const auto place = [&](const T* first, int rows, int width, int64_t row_numbers, int row_shift, int column_shift) {
           const Band of = band(a, unit, copied_side);
-          const int rows = OfX ? a.out_rows : a.in_rows, width = OfX ? a.out_width : a.in_width;
-          const int row = of.row + (OfX ? 0 : a.row_shift), column = of.column + copied_pixel + (OfX ? 0 : a.column_shift);
+          const int row = of.row + row_shift, column = of.column + copied_pixel + column_shift;
           const bool there = of.busy && copied_channel < a.C && column >= 0 && column < width;
-          lo = a.dilation.steps(-row) - copied_row, hi = there ? a.dilation.steps(rows - row) - copied_row : -step;
-          from = source + ((int64_t(of.n) * rows + row) * width + column) * a.C + copied_channel + copied_row * row_numbers;
-        }
+          return Rows{first + ((int64_t(of.n) * rows + row) * width + column) * a.C + copied_channel + copied_row * row_numbers,
+                      a.dilation.steps(-row) - copied_row, there ? a.dilation.steps(rows - row) - copied_row : -step};
+        };
+        if (Copying && pair) in_rows = place(in, a.in_rows, a.in_width, a.in_row, a.row_shift, a.column_shift);
+        if (Copying && Gradient && pair) x_rows = place(x, a.out_rows, a.out_width, a.out_row, 0, 0);
       }
-      if (OfX ? role == 1 && pair > lead && a.has_dots : pair > 0) {
-        unsigned char* const to = shared + copied_at + (OfX ? a.x_offset + x_slot * pair_bytes : a.ring_offset + slot * pair_bytes);
+      const auto copy = [&](Rows& rows, int64_t row_numbers, const T* any, int to) {
 #pragma unroll
-        for (int i = 0; i < step / 4; ++i, from += 4 * row_numbers) {
-          const bool valid = (OfX || 4 * i >= lo) && 4 * i < hi;
-          copy_async(to + 4 * i * pitch, valid ? from : source, valid ? 16 : 0);
+        for (int i = 0; i < step / 4; ++i, rows.from += 4 * row_numbers) {
+          const bool valid = 4 * i >= rows.lo && 4 * i < rows.hi;
+          copy_async(shared + copied_at + to + 4 * i * pitch, valid ? rows.from : any, valid ? 16 : 0);
         }
-        lo -= step, hi -= step;
-      }
-      slot = slot + 1 == a.ring_pairs ? 0 : slot + 1, x_slot ^= 1;
+        rows.lo -= step, rows.hi -= step;
+      };
+      if (Copying && pair > 0) copy(in_rows, a.in_row, in, a.ring_offset + slot * pair_bytes);
+      if (Copying && Gradient && a.has_dots && pair > lead) copy(x_rows, a.out_row, x, a.x_offset + pair % 2 * pair_bytes);
+      slot = slot + 1 == a.ring_pairs ? 0 : slot + 1;
       end_group_of_copies();
     };
     fetch();
@@ -1235,10 +1239,12 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     for (int i = 0; i < 8; ++i) initial.at[i] = bias[own_channel + i];
   }
 
+  float* const sums = reinterpret_cast<float*>(shared + mine) + tiles * 256;  // at the end: of 31 diagonals, then of grad_output, by D_t and channel
   if (role == 0) {
     T* to;
-    int left, own_unit;  // rows that the thread writes
-    each_step.template operator()<false>([&] {
+    int left, rows, own_unit;  // rows that the thread writes, and of the plane
+    float bias_sum = 0;  // of channel g, pixels 2 q and 2 q + 1
+    each_step.template operator()<true>([&] {
       // Pairs of taps from -15 on for 8 channels, those of 4 channels side by side.
       for (int i = lane; i < a.ring_offset / 4; i += 32) {
         const int k = i / 4 % entries - 15, c = own_channel + i / 4 / entries * 4 + i % 4;
@@ -1250,23 +1256,39 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       const Band copied = band(a, unit, copied_side);
       const int column = copied.column + copied_pixel;
       to = out + ((int64_t(copied.n) * a.out_rows + copied.row + copied_row * d) * a.out_width + column) * a.C + copied_channel;
-      left = copied.busy && copied_channel < a.C && column >= 0 && column < a.out_width ? copied.rows - copied_row : 0;
+      rows = copied.rows, left = (!Gradient || out) && copied.busy && copied_channel < a.C && column >= 0 && column < a.out_width ? rows - copied_row : 0;
     }, [&](int s, int first_block) {
-      if (!Gradient || out) {
-        uint4 packed[2][4];  // of both blocks: rows g and g + 8, pixels 2 q and 2 q + 1
+      if (!Gradient || out || a.has_bias_sum) {
+        const int staged = Gradient ? mine + a.out_offset : first_block;  // rows of out
+        int block = first_block;
+        const auto load_block = [&](uint32_t (&to)[2][8]) {
+          const unsigned char* const from = shared + block + 2 * q * pitch + g * 16;
+          load_pairs(to[0], from, from + pitch), load_pairs(to[1], from + 8 * pitch, from + 9 * pitch);
+          block = next_block(block);
+        };
+        if (Gradient && a.has_bias_sum) {  // a block counts where tap 0 meets it, or in the last step
+          const int count = (s + 1) * step >= rows ? tiles : 1;
+          constexpr uint32_t ones = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
+#pragma unroll 1
+          for (int u = 0; u <= count; ++u) {
+            uint32_t b[2][8];
+            load_block(b);
 #pragma unroll
+            for (int c = 0; c < 8; ++c) {
+              float sum[4] = {};
+              multiply_add<T>(sum, ones, ones, ones, ones, b[0][c], b[1][c]);
+              if (c == g) bias_sum += sum[0] + sum[1];
+            }
+          }
+        }
+#pragma unroll 1
         for (int part = 0; part < 2; part += together) {
           float acc[together][8][4], first[8];
           uint32_t b[together][2][8];  // of a block each: rows 2 q and 2 q + 1, 2 q + 8 and 2 q + 9
-          int block = part ? next_block(first_block) : first_block;
+          block = part ? next_block(first_block) : first_block;
           unpack(first, initial);
 #pragma unroll
           for (int i = 0; i < together * 32; ++i) acc[i / 32][i / 4 % 8][i % 4] = first[i / 4 % 8];
-          const auto load_block = [&](uint32_t (&to)[2][8]) {
-            const unsigned char* const from = shared + block + 2 * q * pitch + g * 16;
-            load_pairs(to[0], from, from + pitch), load_pairs(to[1], from + 8 * pitch, from + 9 * pitch);
-            block = next_block(block);
-          };
           if constexpr (together == 2) load_block(b[1]);
 #pragma unroll 1
           for (int u = 0; u < tiles; ++u) {  // A_u meets block u for the step's first block of out and block u + 1 for its second
@@ -1285,23 +1307,20 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
             }
           }
 #pragma unroll
-          for (int i = 0; i < 16 * together; ++i) {
-            const auto& from = acc[i / 16];
-            const int k = i / 4 % 4, c = i % 4 * 2;
-            const Packed<T, 2> pair = pack<T, 2>({from[c][k], from[c + 1][k]});
-            (&packed[part + i / 16][k].x)[i % 4] = reinterpret_cast<const uint32_t&>(pair);
+          for (int i = 0; i < 4 * together; ++i) {  // rows g and g + 8, pixels 2 q and 2 q + 1
+            const auto& v = acc[i / 4];
+            const int k = i % 4;
+            *reinterpret_cast<Packed<T, 8>*>(shared + staged + ((part * 2 + i / 2) * 8 + g) * pitch + (2 * q + i % 2) * 16) =
+                pack<T, 8>({v[0][k], v[1][k], v[2][k], v[3][k], v[4][k], v[5][k], v[6][k], v[7][k]});
           }
         }
-        if constexpr (Gradient) __syncthreads();
-#pragma unroll
-        for (int i = 0; i < 8; ++i) *reinterpret_cast<uint4*>(shared + first_block + (i / 2 * 8 + g) * pitch + (2 * q + i % 2) * 16) = packed[i / 4][i % 4];
         __syncthreads();
-        const unsigned char* const staged = shared + copied_at + (first_block - mine);
+        const unsigned char* const copied = shared + copied_at + (staged - mine);
         uint32_t nan = 0;
 #pragma unroll
         for (int i = 0; i < step / 4; ++i, to += 4 * a.out_row)
           if (s * step + 4 * i < left) {
-            const uint4 v = at<uint4>(staged + 4 * i * pitch);
+            const uint4 v = at<uint4>(copied + 4 * i * pitch);
             *reinterpret_cast<uint4*>(to) = v;
             nan = max_nan<T>(max_nan<T>(nan, max_nan<T>(v.x, v.y)), max_nan<T>(v.z, v.w));
           }
@@ -1311,78 +1330,59 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
 #pragma unroll 1
           for (int i = s * step; i < (s + 1) * step && i < left; i += 4) redo(a, in, weight, bias, out, of.n, of.row + (i + copied_row) * d, of.column + copied_pixel, copied_channel);
         }
-      } else if constexpr (Gradient) {
-        __syncthreads();
+      } else {
         __syncthreads();
       }
     });
+    if constexpr (Gradient) {
+      bias_sum += __shfl_xor_sync(~0u, bias_sum, 1);
+      bias_sum += __shfl_xor_sync(~0u, bias_sum, 2);
+      if (q == 0) sums[g * 32 + 31] = bias_sum;
+    }
   } else if constexpr (Gradient) {
     const int t = role - 1;
-    const bool has_bias = a.has_bias_sum && t == 0;
-    float dots[2][8][4] = {}, bias_sum[4] = {};  // dots: of columns 0 ... 7 and 8 ... 15, by channel
-    int rows;
-    each_step.template operator()<true>([] {}, [&](int unit) { rows = band(a, unit, 0).rows; }, [&](int s, int block) {
-      uint32_t other[8];
-      const auto load_rows = [&](int h) {
-        const unsigned char* const from = shared + block + (8 * h + g) * pitch + q * 32;
-        load_pairs(other, from, from + 16);
-      };
-      // Row c of the product with ones in row c alone is the sum of channel c.
-      const auto add_to_bias = [&] {
-        constexpr uint32_t ones = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
-#pragma unroll
-        for (int c = 0; c < 8; ++c) multiply_add<T>(bias_sum, c == g ? ones : 0, 0, other[c]);
-      };
+    float dots[2][8][4] = {};  // of columns 0 ... 7 and 8 ... 15, by channel
+    each_step.template operator()<false>([] {}, [](int) {}, [&](int s, int block) {
       block += t * 16 * pitch;
       if (block >= ring + a.ring_pairs * pair_bytes) block -= a.ring_pairs * pair_bytes;
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < 2; ++i, block = next_block(block)) {
-        uint32_t own[2][8];
-        const unsigned char* const from = shared + mine + a.x_offset + x_slot * pair_bytes + (16 * i + g) * pitch + q * 32;
-        load_pairs(own[0], from, from + 16), load_pairs(own[1], from + 8 * pitch, from + 8 * pitch + 16);
+        uint32_t own[2][8], other[8];
+        const int at_lane = g * pitch + q * 32;
+        const auto load_row = [&](uint32_t (&to)[8], int row) { load_pairs(to, shared + row + at_lane, shared + row + at_lane + 16); };
+#pragma unroll
+        for (int h = 0; h < 2; ++h) load_row(own[h], mine + a.x_offset + (s + lead + 1) % 2 * pair_bytes + (2 * i + h) * 8 * pitch);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          load_rows(h);
+          load_row(other, block + h * 8 * pitch);
 #pragma unroll
           for (int c = 0; c < 8; ++c) multiply_add<T>(dots[h][c], own[0][c], own[1][c], other[c]);
-          if (has_bias) add_to_bias();
         }
       }
-      if (has_bias && (s + 1) * step >= rows) {  // a block counts where tap 0 meets it, or in the last step
-#pragma unroll 1
-        for (int i = 4; i < 2 * tiles + 2; ++i) {
-          load_rows(i % 2), add_to_bias();
-          if (i % 2) block = next_block(block);
-        }
-      }
-      __syncthreads();
       __syncthreads();
     });
 
-    // Sums of diagonals by channel, and of grad_output.
     float* const square = reinterpret_cast<float*>(shared + mine) + t * 256;
-    float* const sums = square + tiles * 256;
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) square[(g + i / 2 % 2 * 8) * 16 + i / 4 * 8 + 2 * q + i % 2] = dots[i / 4][c][i % 4];
       __syncwarp();
       float sum = 0;
+#pragma unroll 1
       for (int r = max(0, 15 - lane); r < min(16, 31 - lane); ++r) sum += square[r * 17 + lane - 15];
-      sums[c * 32 + lane] = sum;
+      if (lane < 31) sums[t * 256 + c * 32 + lane] = sum;
       __syncwarp();
     }
-    float sum = bias_sum[0] + bias_sum[1];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (q == 0) sums[g * 32 + 31] = sum;
   }
   if constexpr (Gradient) {
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < a.groups * 8 * (a.K + 1); i += blockDim.x) {
       const int k = i % (a.K + 1), c = i / (a.K + 1);
       if (set_channel + c >= a.C) break;
       float sum = 0;
+#pragma unroll 1
       for (int s = c / 8; s < strips; s += a.groups) {
         const float* const sums = reinterpret_cast<const float*>(shared + s * a.warp_bytes) + tiles * 256 + c % 8 * 32;
         if (k == a.K) sum += sums[31];
