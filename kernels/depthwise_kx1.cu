@@ -613,11 +613,11 @@ inline ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_do
   const int roles = last && has_dots ? 1 + a.tiles : 1, room = last ? gradient ? 16 : 12 : resident_blocks(gradient, plan.aligned) * 4;
   const auto resident = [&](int warps) { return std::min<int64_t>(room / (warps * roles), device.shared_per_multiprocessor / (shared(warps) + 1024)); };
   double most = 0;
-  for (int warps : {4, 2, 1}) {  // as many busy ones as registers and shared memory have room for; preferably 4, which read 512 bytes of a row
+  for (int warps : {4, 2, 1}) {  // as many busy ones as registers and shared memory have room for; preferably 4, which read 512 bytes of a row (64 of a pixel if channels_last)
     const int64_t all = p.C / 8, sets = last ? ceil_div(all, warps) : p.C, groups = last ? ceil_div(all, sets) : 1, side = warps / groups, strips = groups * side;
     const double filled = double(lines) / round_up(lines, side) * (last ? double(all) / (sets * groups) : 1);
     const double busy = shared(strips) > device.shared_bytes ? 0 : resident(strips) * strips * filled;
-    if (busy > 1.1 * most) most = busy, a.sets = sets, a.groups = groups, a.side = side;
+    if (busy > (last ? 2 : 1.1) * most) most = busy, a.sets = sets, a.groups = groups, a.side = side;
   }
   if (!(plan.applies = most > 0)) return plan;
   const int warps = a.groups * a.side;
@@ -1146,13 +1146,12 @@ __device__ void redo(const Toeplitz& a, const T* in, const T* weight, const T* b
 #pragma unroll 1
   for (const int end = c + 8; c < end; ++c) {
     float sum = bias ? widen(bias[c]) : 0;
-    if (column >= 0 && column < a.in_width)
 #pragma unroll 1
-      for (int k = 0; k < a.K; ++k) {
-        const int in_row = row + a.row_shift + k * int(a.dilation.divisor);
-        if (in_row >= 0 && in_row < a.in_rows)
-          sum += widen(weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)]) * widen(in[((int64_t(n) * a.in_rows + in_row) * a.in_width + column) * a.C + c]);
-      }
+    for (int k = 0; k < a.K; ++k) {
+      const int in_row = row + a.row_shift + k * int(a.dilation.divisor);
+      if (column >= 0 && column < a.in_width && in_row >= 0 && in_row < a.in_rows)
+        sum += widen(weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)]) * widen(in[((int64_t(n) * a.in_rows + in_row) * a.in_width + column) * a.C + c]);
+    }
     out[c] = narrow<T>(sum);
   }
 }
@@ -1245,11 +1244,18 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     int left, rows, own_unit;  // rows that the thread writes, and of the plane
     float bias_sum = 0;  // of channel g, pixels 2 q and 2 q + 1
     each_step.template operator()<true>([&] {
-      // Pairs of taps from -15 on for 8 channels, those of 4 channels side by side.
-      for (int i = lane; i < a.ring_offset / 4; i += 32) {
-        const int k = i / 4 % entries - 15, c = own_channel + i / 4 / entries * 4 + i % 4;
-        const auto tap = [&](int k) { return weight && k >= 0 && k < a.K && c < a.C ? weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)] : narrow<T>(0); };
-        reinterpret_cast<Packed<T, 2>*>(shared + mine)[i] = {tap(k), tap(k + 1)};
+      // Pairs of taps from -15 on for 8 channels, those of 4 channels side by side. No branches, so that loads are under way together.
+      if (weight && own_channel < a.C) {
+#pragma unroll 4
+        for (int i = lane; i < a.ring_offset / 4; i += 32) {
+          const int first = i / 4 % entries - 15;
+          const T* const taps = weight + int64_t(own_channel + i / 4 / entries * 4 + i % 4) * a.K;
+          const auto tap = [&](int k) {
+            const T v = taps[min(max(a.reversed ? a.K - 1 - k : k, 0), a.K - 1)];
+            return k >= 0 && k < a.K ? v : narrow<T>(0);
+          };
+          reinterpret_cast<Packed<T, 2>*>(shared + mine)[i] = {tap(first), tap(first + 1)};
+        }
       }
     }, [&](int unit) {
       own_unit = unit;
@@ -1306,6 +1312,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
               }
             }
           }
+          __syncwarp();
 #pragma unroll
           for (int i = 0; i < 4 * together; ++i) {  // rows g and g + 8, pixels 2 q and 2 q + 1
             const auto& v = acc[i / 4];
