@@ -1247,14 +1247,14 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       // Pairs of taps from -15 on for 8 channels, those of 4 channels side by side. No branches, so that loads are under way together.
       if (weight && own_channel < a.C) {
 #pragma unroll 4
-        for (int i = lane; i < a.ring_offset / 4; i += 32) {
-          const int first = i / 4 % entries - 15;
-          const T* const taps = weight + int64_t(own_channel + i / 4 / entries * 4 + i % 4) * a.K;
+        for (int i = lane / 4; i < 2 * entries; i += 8) {
+          const int half = i >= entries, k = i - half * entries - 15;
+          const uint16_t* const taps = reinterpret_cast<const uint16_t*>(weight) + int64_t(own_channel + half * 4 + lane % 4) * a.K;
           const auto tap = [&](int k) {
-            const T v = taps[min(max(a.reversed ? a.K - 1 - k : k, 0), a.K - 1)];
-            return k >= 0 && k < a.K ? v : narrow<T>(0);
+            const uint32_t v = taps[min(max(a.reversed ? a.K - 1 - k : k, 0), a.K - 1)];
+            return uint32_t(k) < uint32_t(a.K) ? v : 0;
           };
-          reinterpret_cast<Packed<T, 2>*>(shared + mine)[i] = {tap(first), tap(first + 1)};
+          reinterpret_cast<uint32_t*>(shared + mine)[i * 4 + lane % 4] = tap(k) | tap(k + 1) << 16;
         }
       }
     }, [&](int unit) {
