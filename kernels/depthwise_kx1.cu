@@ -1156,13 +1156,16 @@ __device__ void redo(const Toeplitz& a, const T* in, const T* weight, const T* b
   }
 }
 
-// As `toeplitz`, for channels_last: a warp's strip is 8 pixels of 8 channels, a product's columns are a channel's pixels. Lanes load
-// 16 bytes, that is, 8 channels of a pixel, and from two of these make the fragments of 8 channels. A block's strips lie side by side
-// in memory: up to 4 times 8 channels of a pixel, and more pixels where there are fewer channels. All of its threads copy their
-// rows in memory's order, and those of out, which take the place of the step's first rows of in in shared memory.
+// As `toeplitz`, for channels_last. A warp's strip is 8 pixels of 8 channels: a product's columns are the pixels of one channel. Lanes
+// load 16 bytes, the 8 channels of a pixel; two such loads make a word of a fragment for each of the 8. A block's strips lie side by
+// side: 8 pixels of 4 times 8 channels, of fewer where there are fewer, then more pixels. Its warps copy rows of all in memory's order,
+// into shared memory and, put together there, out of it (forward: where the step's first rows of in were). In registers: two blocks
+// of out and of in.
 //
-// Gradient: such a warp, the first, makes the gradient of the input; for each t another keeps the strip's D_t in registers for the
-// block's life: the gradient's sums over pixels take two blocks of 16 rows at once.
+// Gradient: the strips' first warps do the same, a block at a time, and sum grad_output; another warp a strip for each t keeps D_t of
+// its 8 channels in registers for the block's life. At the end the block sums its D_t along their diagonals.
+//
+// A pitch of 16 modulo 128 bytes for rows and of 32 for strips keeps all this free of bank conflicts.
 template <class T, bool Gradient>
 __global__ void __launch_bounds__(Gradient ? 512 : 128, Gradient ? 1 : 3)
 toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
