@@ -1241,10 +1241,11 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     for (int i = 0; i < 8; ++i) initial.at[i] = bias[own_channel + i];
   }
 
-  float* const sums = reinterpret_cast<float*>(shared + mine) + tiles * 256;  // at the end: of 31 diagonals, then of grad_output, by D_t and channel
+  // At the end, of a strip: sums of D_t's 31 diagonals, then of grad_output, by t and channel.
+  const auto sums = [&](int strip) { return reinterpret_cast<float*>(shared + strip * a.warp_bytes) + tiles * 256; };
   if (role == 0) {
     T* to;
-    int left, rows, own_unit;  // rows that the thread writes, and of the plane
+    int left, own_unit;  // rows that the thread writes
     float bias_sum = 0;  // of channel g, pixels 2 q and 2 q + 1
     each_step.template operator()<true>([&] {
       // Pairs of taps from -15 on for 8 channels, those of 4 channels side by side. No branches, so that loads are under way together.
@@ -1265,7 +1266,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       const Band copied = band(a, unit, copied_side);
       const int column = copied.column + copied_pixel;
       to = out + ((int64_t(copied.n) * a.out_rows + copied.row + copied_row * d) * a.out_width + column) * a.C + copied_channel;
-      rows = copied.rows, left = (!Gradient || out) && copied.busy && copied_channel < a.C && column >= 0 && column < a.out_width ? rows - copied_row : 0;
+      left = (!Gradient || out) && copied.busy && copied_channel < a.C && column >= 0 && column < a.out_width ? copied.rows - copied_row : 0;
     }, [&](int s, int first_block) {
       if (!Gradient || out || a.has_bias_sum) {
         const int staged = Gradient ? mine + a.out_offset : first_block;  // rows of out
@@ -1276,7 +1277,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           block = next_block(block);
         };
         if (Gradient && a.has_bias_sum) {  // a block counts where tap 0 meets it, or in the last step
-          const int count = (s + 1) * step >= rows ? tiles : 1;
+          const int count = (s + 1) * step >= band(a, own_unit, 0).rows ? tiles : 1;
           constexpr uint32_t ones = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
 #pragma unroll 1
           for (int u = 0; u <= count; ++u) {
@@ -1347,7 +1348,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     if constexpr (Gradient) {
       bias_sum += __shfl_xor_sync(~0u, bias_sum, 1);
       bias_sum += __shfl_xor_sync(~0u, bias_sum, 2);
-      if (q == 0) sums[g * 32 + 31] = bias_sum;
+      if (q == 0) sums(own_strip)[g * 32 + 31] = bias_sum;
     }
   } else if constexpr (Gradient) {
     const int t = role - 1;
@@ -1381,7 +1382,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       float sum = 0;
 #pragma unroll 1
       for (int r = max(0, 15 - lane); r < min(16, 31 - lane); ++r) sum += square[r * 17 + lane - 15];
-      if (lane < 31) sums[t * 256 + c * 32 + lane] = sum;
+      if (lane < 31) sums(own_strip)[t * 256 + c * 32 + lane] = sum;
       __syncwarp();
     }
   }
@@ -1394,9 +1395,9 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       float sum = 0;
 #pragma unroll 1
       for (int s = c / 8; s < strips; s += a.groups) {
-        const float* const sums = reinterpret_cast<const float*>(shared + s * a.warp_bytes) + tiles * 256 + c % 8 * 32;
-        if (k == a.K) sum += sums[31];
-        else if (a.has_dots) sum += sums[k / 16 * 256 + 15 + k % 16] + (k % 16 ? sums[(k / 16 + 1) * 256 + k % 16 - 1] : 0);
+        const float* const of = sums(s) + c % 8 * 32;
+        if (k == a.K) sum += of[31];
+        else if (a.has_dots) sum += of[k / 16 * 256 + 15 + k % 16] + (k % 16 ? of[(k / 16 + 1) * 256 + k % 16 - 1] : 0);
       }
       partial[(int64_t(set_channel + c) * a.splits + split) * (a.K + 1) + (k == a.K ? k : a.K - 1 - k)] = sum;
     }
