@@ -445,50 +445,7 @@ template <class T> const char* walk_backward(const Problem& p, const void* grad_
                                               (T*)grad_bias, scratch, context, cudaStream_t(stream));
   });
 }
-}  // namespace
 
-// As launch_forward and launch_backward, for 16-bit types; toeplitz_: by tensor cores, or false where that does not pay.
-const char* launch_forward_16(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream);
-const char* launch_backward_16(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
-                               void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream);
-bool bulk_forward(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error);
-bool bulk_backward(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
-                   void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error);
-bool toeplitz_forward(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error);
-bool toeplitz_backward(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
-                       void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error);
-// ---- end of what is compiled with each of the following parts, side by side ----
-
-const char* launch_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
-  const char* error;
-  if (bulk_forward(p, x, weight, bias, y, stream, error) ||
-      toeplitz_forward(p, x, weight, bias, y, stream, error)) return error;
-  const auto launch = p.type == Type::f32 ? walk_forward<float> : p.type == Type::f64 ? walk_forward<double> : launch_forward_16;
-  return launch(p, x, weight, bias, y, stream);
-}
-
-const char* launch_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
-                            void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
-  const char* error;
-  if (bulk_backward(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error) ||
-      toeplitz_backward(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error)) return error;
-  const auto launch = p.type == Type::f32 ? walk_backward<float> : p.type == Type::f64 ? walk_backward<double> : launch_backward_16;
-  return launch(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
-}
-// ---- end of the part for 32 and 64 bits ----
-
-const char* launch_forward_16(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
-  return (p.type == Type::f16 ? walk_forward<__half> : walk_forward<__nv_bfloat16>)(p, x, weight, bias, y, stream);
-}
-
-const char* launch_backward_16(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
-                               void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
-  const auto launch = p.type == Type::f16 ? walk_backward<__half> : walk_backward<__nv_bfloat16>;
-  return launch(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
-}
-// ---- end of the part for 16 bits ----
-
-namespace {
 // 16 bytes from global to shared memory, of which `bytes` count; asynchronous from compute capability 8.0 on.
 __device__ void copy_async(void* to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 800
@@ -508,6 +465,258 @@ __device__ void end_group_of_copies() {
 #endif
 }
 
+// d += a b for fragments of 16 x 16 and 16 x 8 numbers.
+template <class T> __device__ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __half>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
+}
+
+// The larger of each of a word's numbers; NaN if one is NaN.
+template <class T> __device__ uint32_t max_nan(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, float>) asm("max.NaN.f32 %0, %0, %1;" : "+r"(a) : "r"(b));
+  else if constexpr (std::is_same_v<T, __half>) asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  else asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+#endif
+  return a;
+}
+
+template <class V> __device__ V at(const unsigned char* p) { return *reinterpret_cast<const V*>(p); }
+
+constexpr int step = 32, strip_bytes = 128, overlap = 8, aligned_pitch = strip_bytes + 16;
+template <class T> constexpr int strip = strip_bytes / sizeof(T);
+constexpr int pixels = 8;  // of a strip in channels_last
+constexpr int resident_blocks(bool gradient, bool aligned, int size) { return gradient ? 2 : aligned && size == 2 ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
+
+struct Toeplitz {
+  int K, tiles, C;
+  bool reversed, has_dots, has_bias_sum, in_even, x_even, out_even;  // even: strips' rows begin at multiples of 4 bytes
+  int in_rows, in_width, out_rows, out_width;
+  int64_t in_plane, out_plane;           // numbers
+  int64_t in_row, out_row;               // numbers from a row to the next of its residue class, in channels_last
+  int row_shift, column_shift;           // row and column of in that tap 0 takes to row and column 0 of out
+  int column_begin, advance, last_column;  // of the strips, in out: where the first and the last begin, and from one to the next
+  Divisor dilation, strips;              // strips: of a plane
+  int lines;                             // strips of all planes of a channel
+  Divisor bands, residues;               // of a strip
+  int sets, groups, side;                // a block keeps one of the sets of channels: one, or `groups` times 8; it has `side` strips of each
+  int band_steps, units, splits;         // unit: a band of `side` strips; a set's are dealt to `splits` blocks
+  int in_pitch, x_pitch, out_pitch;      // of rows in shared memory, in bytes
+  int ring_pairs, ring_offset, x_offset, dots_offset, out_offset, warp_bytes;  // of a warp's shared memory
+};
+
+// A band of a strip: plane (an image if channels_last), first row and column in out, steps and rows.
+struct Band { int n, row, column, steps, rows; bool busy; };
+__device__ Band band(const Toeplitz& a, int unit, int strip) {
+  Band of;
+  int residue, index, s;
+  const int line = a.residues(a.bands(unit, index), residue) * a.side + strip;
+  of.n = a.strips(line, s), of.column = a.column_begin + s * a.advance, of.busy = line < a.lines;
+  of.row = residue + index * a.band_steps * step * int(a.dilation.divisor), of.rows = a.dilation.steps(a.out_rows - of.row);
+  of.steps = min(a.band_steps, (of.rows + step - 1) / step);
+  return of;
+}
+__device__ int next_steps(const Toeplitz& a, int& unit) {  // of the next unit that has some
+  int steps = 0;
+  while (steps <= 0 && (unit += a.splits) < a.units) steps = band(a, unit, 0).steps;
+  return steps;
+}
+
+// Sums the blocks' partial sums in fixed order, a warp for each weight and bias; from the definition where that gives NaN.
+template <class T> __global__ void toeplitz_reduce(const __grid_constant__ Toeplitz a, const __grid_constant__ Problem p, const float* partial,
+                                                   const T* __restrict__ grad_output, const T* __restrict__ x, T* __restrict__ grad_weight, T* __restrict__ grad_bias) {
+  const int c = blockIdx.x, lane = threadIdx.x % 32;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  for (int k = threadIdx.x / 32; k <= a.K; k += blockDim.x / 32) {
+    float sum = 0;
+    const auto add_lanes = [&] { for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o); };
+    for (int i = lane; i < a.splits; i += 32) sum += partial[(int64_t(c) * a.splits + i) * (a.K + 1) + k];
+    add_lanes();
+    if (k < a.K && a.has_dots && isnan(sum)) {
+      sum = 0;
+      for (int64_t n = 0; n < p.N; ++n)
+        for (int64_t i = 0; i < p.H_out; ++i) {
+          const int64_t row = i - p.padding_h + k * p.dilation;
+          const auto place = [&](int64_t H, int64_t W, int64_t h, int64_t w) { return p.channels_last ? ((n * H + h) * W + w) * p.C + c : ((n * p.C + c) * H + h) * W + w; };
+          if (row < 0 || row >= p.H) continue;
+          for (int64_t w = lane; w < p.W; w += 32)
+            sum += widen(grad_output[place(p.H_out, p.W_out, i, w + p.padding_w)]) * widen(x[place(p.H, p.W, row, w)]);
+        }
+      add_lanes();
+    }
+    if (lane == 0 && k < a.K && grad_weight) grad_weight[int64_t(c) * a.K + k] = narrow<T>(sum);
+    if (lane == 0 && k == a.K && grad_bias) grad_bias[c] = narrow<T>(sum);
+  }
+}
+
+struct ToeplitzPlan {
+  Toeplitz a;
+  bool aligned, applies;
+  int threads;
+  size_t shared, partial;
+};
+
+inline ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, bool has_bias_sum, const void* in, const void* x, const void* out) {
+  ToeplitzPlan plan{};
+  Toeplitz& a = plan.a;
+  const Device& device = current_device();
+  const bool gradient = has_dots || has_bias_sum, last = p.channels_last;
+  const int size = p.type == Type::f32 ? 4 : 2, strip = last ? pixels : strip_bytes / size, overlap = last ? 0 : ::overlap;
+  plan.aligned = last ? p.C % 8 == 0 : p.padding_w == 0 && p.W * size % 16 == 0;
+  for (const void* at : {in, x, out}) plan.aligned = plan.aligned && reinterpret_cast<uintptr_t>(at) % 16 == 0;
+  // 32-bit indices of strips, columns and rows; all of grad_output is met by some row of x.
+  plan.applies = p.type != Type::f64 && p.stride_h == 1 && p.stride_w == 1 && device.capability >= 8 && (plan.aligned || (!last && size == 2)) && !(last && size == 4) &&
+                 std::max({p.C * p.N * ceil_div(p.W_out, strip - overlap), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation}) < 1 << 28 &&
+                 (!has_bias_sum || (p.padding_h <= (p.K - 1) * p.dilation && p.H >= p.dilation));
+  // Where it pays, by measurement.
+  const int64_t H = ceil_div(transposed ? p.H : p.H_out, p.dilation);
+  const int64_t few = size == 4 ? 21 : last ? transposed && p.dilation == 1 ? 3 : 7 : plan.aligned && !transposed ? 3 : 2;
+  plan.applies = plan.applies && p.K > few && 3 * p.W * H > round_up(p.W, strip) * round_up(H, step);
+  if (!plan.applies) return plan;
+  a.K = p.K, a.tiles = (p.K + 14) / 16 + 1, a.C = p.C;
+  a.reversed = transposed, a.has_dots = has_dots, a.has_bias_sum = has_bias_sum;
+  a.in_rows = transposed ? p.H_out : p.H, a.in_width = transposed ? p.W_out : p.W;
+  a.out_rows = transposed ? p.H : p.H_out, a.out_width = transposed ? p.W : p.W_out;
+  a.in_plane = int64_t(a.in_rows) * a.in_width, a.out_plane = int64_t(a.out_rows) * a.out_width;
+  a.in_row = int64_t(a.in_width) * p.C * p.dilation, a.out_row = int64_t(a.out_width) * p.C * p.dilation;
+  a.row_shift = transposed ? p.padding_h - (p.K - 1) * p.dilation : -p.padding_h;
+  a.column_shift = transposed ? p.padding_w : -p.padding_w;
+  a.column_begin = has_bias_sum ? -p.padding_w : 0;
+  const int64_t columns = has_bias_sum ? p.W_out : a.out_width;  // all columns of grad_output
+  a.dilation = p.dilation;
+  const auto multiples = [&](int bytes, const void* at, int column, int width) {
+    return (reinterpret_cast<uintptr_t>(at) + column * size) % bytes == 0 && width * size % bytes == 0;
+  };
+  a.in_even = multiples(4, in, a.column_begin + a.column_shift, a.in_width);
+  a.x_even = multiples(4, x, a.column_begin, a.out_width), a.out_even = multiples(4, out, a.column_begin, a.out_width);
+  a.advance = multiples(16, out, a.column_begin, a.out_width) ? strip : strip - overlap;
+  const int64_t strips = columns <= strip ? 1 : ceil_div(columns - (strip - a.advance), a.advance);
+  a.last_column = a.column_begin + (strips - 1) * a.advance;
+  const int64_t lines = p.N * strips, residues = std::min<int64_t>(p.dilation, a.out_rows);
+  a.strips = strips, a.lines = lines, a.residues = residues;
+
+  const auto pitch = [&](int64_t width) { return plan.aligned ? aligned_pitch : aligned_pitch + width * p.dilation * 2 % 16; };
+  a.in_pitch = pitch(a.in_width), a.x_pitch = a.out_pitch = pitch(a.out_width);
+  a.ring_pairs = a.tiles / 2 + 2;
+  a.x_offset = a.ring_pairs * step * a.in_pitch + 16;
+  a.dots_offset = a.x_offset + (has_dots ? step * a.x_pitch + 16 : 0);
+  a.out_offset = a.dots_offset + (has_dots ? a.tiles * 1024 : 0);
+  a.warp_bytes = round_up(a.out_offset + (plan.aligned ? 0 : 16 * a.out_pitch + 16), 16);
+  size_t table = (size == 4 ? 3 : 1) * 4 * (16 * a.tiles + 16);
+  if (last) {
+    a.ring_offset = (16 * a.tiles + 16) * 32, a.x_offset = a.ring_offset + a.ring_pairs * step * aligned_pitch, table = 0;
+    a.out_offset = a.x_offset + (has_dots ? 2 * step * aligned_pitch : 0);
+    a.warp_bytes = round_up(a.out_offset + (gradient ? step * aligned_pitch : 0), 128) + 32;
+  }
+  const auto shared = [&](int warps) { return table + warps * a.warp_bytes; };
+  // Warps of a strip, and those that registers have room for on a multiprocessor.
+  const int roles = last && has_dots ? 1 + a.tiles : 1, room = last ? gradient ? 16 : 12 : resident_blocks(gradient, plan.aligned, size) * 4;
+  const auto resident = [&](int warps) { return std::min<int64_t>(room / (warps * roles), device.shared_per_multiprocessor / (shared(warps) + 1024)); };
+  double most = 0;
+  for (int warps : {4, 2, 1}) {  // as many busy ones as registers and shared memory have room for; preferably 4, which read 512 bytes of a row (64 of a pixel if channels_last)
+    const int64_t all = p.C / 8, sets = last ? ceil_div(all, warps) : p.C, groups = last ? ceil_div(all, sets) : 1, side = warps / groups, strips = groups * side;
+    const double filled = double(lines) / round_up(lines, side) * (last ? double(all) / (sets * groups) : 1);
+    const double busy = shared(strips) > device.shared_bytes ? 0 : resident(strips) * strips * filled;
+    if (busy > (last ? 2 : 1.1) * most) most = busy, a.sets = sets, a.groups = groups, a.side = side;
+  }
+  if (!(plan.applies = most > 0)) return plan;
+  const int warps = a.groups * a.side;
+  plan.shared = shared(warps), plan.threads = 32 * warps * roles;
+
+  // As few bands as keep the device busy: their first steps read rows of the band before. Costs are in quarters of a step.
+  // More waves than needed: smaller blocks, which the device starts in the order of memory, share what they read of it.
+  const int64_t least = gradient || last ? 1 : plan.aligned ? 2 : 8, blocks = device.multiprocessors * resident(warps);
+  const int64_t steps = ceil_div(ceil_div(a.out_rows, p.dilation), step), sides = ceil_div(lines, a.side);
+  int64_t best = INT64_MAX;
+  for (int64_t bands = 1; bands <= std::min<int64_t>(steps, 64); ++bands) {
+    const int64_t band_steps = ceil_div(steps, bands), units = sides * residues * ceil_div(steps, band_steps);
+    for (int64_t waves = least; waves <= 4 * least; ++waves) {
+      const int64_t splits = std::clamp<int64_t>(blocks * waves / a.sets, 1, units), each = ceil_div(units, splits);
+      const int64_t cost = ceil_div(a.sets * splits, blocks) * (each * (4 * band_steps + (bands > 1 ? 2 : 1) * (a.tiles / 2)) + 4);
+      if (cost < best) best = cost, a.bands = ceil_div(steps, band_steps), a.band_steps = band_steps, a.units = units, a.splits = ceil_div(units, each);
+    }
+  }
+  plan.partial = sizeof(float) * p.C * a.splits * (p.K + 1);
+  return plan;
+}
+
+template <class T> using ToeplitzKernel = void (*)(Toeplitz, const T* in, const T* x, const T* weight, const T* bias, T* out, float* partial);
+
+template <class T>
+const char* toeplitz_launch(const ToeplitzPlan& plan, ToeplitzKernel<T> kernel, const void* in, const void* x, const void* weight, const void* bias,
+                            void* out, float* partial, void* stream) {
+  if (plan.shared > 48 << 10)
+    if (const char* error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)))) return error;
+  kernel<<<plan.a.sets * plan.a.splits, plan.threads, plan.shared, cudaStream_t(stream)>>>(plan.a, (const T*)in, (const T*)x, (const T*)weight, (const T*)bias, (T*)out, partial);
+  return check(cudaGetLastError());
+}
+
+// With gradients of weight and bias, if not null: `kernel` sums them per block.
+template <class T>
+const char* toeplitz_gradients(const ToeplitzPlan& plan, ToeplitzKernel<T> kernel, const Problem& p, const void* grad_output, const void* x, const void* weight,
+                               void* grad_input, void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
+  float* const partial = grad_weight || grad_bias ? static_cast<float*>(scratch(plan.partial, context)) : nullptr;
+  if (const char* error = toeplitz_launch<T>(plan, kernel, grad_output, x, weight, nullptr, grad_input, partial, stream)) return error;
+  if (!partial) return nullptr;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = p.C, config.blockDim = 256, config.stream = cudaStream_t(stream), config.attrs = &early;
+  config.numAttrs = current_device().capability >= 9;
+  return check(cudaLaunchKernelEx(&config, toeplitz_reduce<T>, plan.a, p, (const float*)partial, (const T*)grad_output, (const T*)x, (T*)grad_weight, (T*)grad_bias));
+}
+}  // namespace
+
+using TryForward = bool(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error);
+using TryBackward = bool(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
+                         void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error);
+// By the bulk copy engine and by tensor cores (_last: channels_last); false where that does not pay.
+TryForward bulk_forward, toeplitz_forward, toeplitz_forward_last;
+TryBackward bulk_backward, toeplitz_backward, toeplitz_backward_last;
+// As launch_forward and launch_backward, for 16-bit types by `walk`.
+const char* launch_forward_16(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream);
+const char* launch_backward_16(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
+                               void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream);
+// ---- end of what is compiled with each of the following parts, side by side ----
+
+const char* launch_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
+  const char* error;
+  for (const auto attempt : {bulk_forward, toeplitz_forward, toeplitz_forward_last})
+    if (attempt(p, x, weight, bias, y, stream, error)) return error;
+  const auto launch = p.type == Type::f32 ? walk_forward<float> : p.type == Type::f64 ? walk_forward<double> : launch_forward_16;
+  return launch(p, x, weight, bias, y, stream);
+}
+
+const char* launch_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
+                            void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
+  const char* error;
+  for (const auto attempt : {bulk_backward, toeplitz_backward, toeplitz_backward_last})
+    if (attempt(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error)) return error;
+  const auto launch = p.type == Type::f32 ? walk_backward<float> : p.type == Type::f64 ? walk_backward<double> : launch_backward_16;
+  return launch(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
+}
+// ---- end of the part for 32 and 64 bits ----
+
+const char* launch_forward_16(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
+  return (p.type == Type::f16 ? walk_forward<__half> : walk_forward<__nv_bfloat16>)(p, x, weight, bias, y, stream);
+}
+
+const char* launch_backward_16(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
+                               void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
+  const auto launch = p.type == Type::f16 ? walk_backward<__half> : walk_backward<__nv_bfloat16>;
+  return launch(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
+}
+// ---- end of the part for 16 bits ----
+
+namespace {
 // The taps of a channel as a banded Toeplitz matrix on tensor cores, for contiguous layout at stride 1.
 // Block b of 16 rows of out is sum_t A_t In_{b+t}, with A_t[r][c] = tap[16 t + c - r] and In_i the i-th 16 rows of in, t < tiles.
 // Forward: out is y, in is x. Transposed (input gradient): out is grad_input, in is grad_output, taps are reversed. The weight
@@ -533,40 +742,10 @@ __device__ void end_group_of_copies() {
 // 2019). Tensor cores cut sums off instead of rounding them: each tile's products are summed apart, the smallest first, and rounded
 // as they are added to the others. (Numbers below 2^-110 lose bits: the last part is below the range.) Strips have half the columns,
 // and rows are always aligned.
-constexpr int step = 32, strip_bytes = 128, overlap = 8, aligned_pitch = strip_bytes + 16;
-template <class T> constexpr int strip = strip_bytes / sizeof(T);
 template <class T> using Factor = std::conditional_t<std::is_same_v<T, float>, __nv_bfloat16, T>;
 template <class T> constexpr int parts = std::is_same_v<T, float> ? 3 : 1;
-constexpr int resident_blocks(bool gradient, bool aligned, int size) { return gradient ? 2 : aligned && size == 2 ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
 
-struct Toeplitz {
-  int K, tiles, C;
-  bool reversed, has_dots, has_bias_sum, in_even, x_even, out_even;  // even: strips' rows begin at multiples of 4 bytes
-  int in_rows, in_width, out_rows, out_width;
-  int64_t in_plane, out_plane;           // numbers
-  int row_shift, column_shift;           // row and column of in that tap 0 takes to row and column 0 of out
-  int column_begin, advance, last_column;  // of the strips, in out: where the first and the last begin, and from one to the next
-  Divisor dilation, strips;              // strips: of a plane
-  int lines;                             // strips of all planes of a channel
-  Divisor bands, residues;               // of a strip
-  int band_steps, units, splits;         // unit: a band of as many strips as a block has warps; a channel's are dealt to `splits` blocks
-  int in_pitch, x_pitch, out_pitch;      // of rows in shared memory, in bytes
-  int ring_pairs, x_offset, dots_offset, out_offset, warp_bytes;  // of a warp's shared memory
-};
-
-// d += a b for fragments of 16 x 16 and 16 x 8 numbers.
-template <class T> __device__ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, __half>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#endif
-}
-
-// The same for N fragments b; a and b by parts, and by halves: of rows or columns, then of what is summed over.
+// d += a b for N fragments b; a and b by parts, and by halves: of rows or columns, then of what is summed over.
 template <class T, int N, int A, int B> __device__ void multiply_add(float (*d)[4], const uint32_t (&a)[A][2][2], const uint32_t (&b)[B][N][2]) {
   float products[N][4] = {};
 #pragma unroll
@@ -608,18 +787,6 @@ __device__ void load_fragments(uint32_t (&to)[4], const unsigned char* from) {
 __device__ void store_16(void* to, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-
-// The larger of each of a word's numbers; NaN if one is NaN.
-template <class T> __device__ uint32_t max_nan(uint32_t a, uint32_t b) {
-#if __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, float>) asm("max.NaN.f32 %0, %0, %1;" : "+r"(a) : "r"(b));
-  else if constexpr (std::is_same_v<T, __half>) asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-  else asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-#endif
-  return a;
-}
-
-template <class V> __device__ V at(const unsigned char* p) { return *reinterpret_cast<const V*>(p); }
 
 // Starts to copy 32 rows of a strip, `row_bytes` apart, to rows `pitch` apart that are congruent to them modulo 16 bytes; zeros for
 // rows outside [lo, hi) and to the right of byte `end` of a row; bytes before `begin` are not used.
@@ -754,22 +921,6 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   unsigned char* const ring_end = mine + a.ring_pairs * step * in_pitch;
   float4* const dots = reinterpret_cast<float4*>(mine + a.dots_offset);
 
-  // A band of a strip: plane, first row and column in out, steps and rows; the last unit may have fewer strips than the block has warps.
-  struct Band { int n, row, column, steps, rows; bool busy; };
-  const auto band = [&](int unit, int warp) {
-    Band of;
-    int residue, index, s;
-    const int line = a.residues(a.bands(unit, index), residue) * warps + warp;
-    of.n = a.strips(line, s), of.column = a.column_begin + s * a.advance, of.busy = line < a.lines;
-    of.row = residue + index * a.band_steps * step * d, of.rows = a.dilation.steps(a.out_rows - of.row);
-    of.steps = min(a.band_steps, (of.rows + step - 1) / step);
-    return of;
-  };
-  const auto next_steps = [&](int& unit) {  // of the next unit that has some
-    int steps = 0;
-    while (steps <= 0 && (unit += a.splits) < a.units) steps = band(unit, warp).steps;
-    return steps;
-  };
   const auto place = [&](int n, int64_t plane, int width, int row, int column) { return (int64_t(n) * a.C + c) * plane + int64_t(row) * width + column; };
   const auto place_in = [&](const Band& of) { return in + place(of.n, a.in_plane, a.in_width, of.row + a.row_shift, of.column + a.column_shift); };
   const auto place_x = [&](const Band& of) { return x + place(of.n, a.out_plane, a.out_width, of.row, of.column); };
@@ -780,12 +931,12 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   int fetched_unit = split - a.splits, pair = 0, pairs = 0, slot = 0;
   const auto fetch = [&]<bool of_x> {
     if (!of_x && pair++ == pairs) {
-      const int steps = next_steps(fetched_unit);
+      const int steps = next_steps(a, fetched_unit);
       pairs = steps + lead, pair = steps > 0;
     }
     if (pair > 0 && (!of_x || (a.has_dots && pair > lead))) {
       const int copied = Aligned ? lane / 8 % warps : warp;
-      const Band of = band(fetched_unit, copied);
+      const Band of = band(a, fetched_unit, copied);
       const T* const at = of_x ? place_x(of) : place_in(of);
       const int first = (pair - 1 - (of_x ? lead : 0)) * step, width = of_x ? a.out_width : a.in_width, pitch = of_x ? x_pitch : in_pitch;
       const int row = of_x ? of.row : of.row + a.row_shift, column = of_x ? of.column : of.column + a.column_shift;
@@ -816,8 +967,8 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   __syncthreads();
 
   float bias_sum[4] = {};
-  for (int unit = split - a.splits; next_steps(unit) > 0;) {
-    const Band of = band(unit, warp);
+  for (int unit = split - a.splits; next_steps(a, unit) > 0;) {
+    const Band of = band(a, unit, warp);
     const int in_skipped = skipped(place_in(of)), x_skipped = Gradient ? skipped(place_x(of)) : 0;
     const bool overlapped = !Aligned && of.column != a.last_column && a.advance < strip<T>;  // by the next strip
     for (int s = -lead; s < of.steps; ++s) {
@@ -1032,153 +1183,344 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   }
 }
 
-// Sums the blocks' partial sums in fixed order, a warp for each weight and bias; from the definition where that gives NaN.
-template <class T> __global__ void toeplitz_reduce(const __grid_constant__ Toeplitz a, const __grid_constant__ Problem p, const float* partial,
-                                                   const T* __restrict__ grad_output, const T* __restrict__ x, T* __restrict__ grad_weight, T* __restrict__ grad_bias) {
-  const int c = blockIdx.x, lane = threadIdx.x % 32;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-  for (int k = threadIdx.x / 32; k <= a.K; k += blockDim.x / 32) {
-    float sum = 0;
-    const auto add_lanes = [&] { for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o); };
-    for (int i = lane; i < a.splits; i += 32) sum += partial[(int64_t(c) * a.splits + i) * (a.K + 1) + k];
-    add_lanes();
-    if (k < a.K && a.has_dots && isnan(sum)) {
-      sum = 0;
-      for (int64_t n = 0; n < p.N; ++n)
-        for (int64_t i = 0; i < p.H_out; ++i) {
-          const int64_t row = i - p.padding_h + k * p.dilation, plane = n * p.C + c;
-          if (row < 0 || row >= p.H) continue;
-          for (int64_t w = lane; w < p.W; w += 32) 
-            sum += widen(grad_output[(plane * p.H_out + i) * p.W_out + w + p.padding_w]) * widen(x[(plane * p.H + row) * p.W + w]);
-        }
-      add_lanes();
-    }
-    if (lane == 0 && k < a.K && grad_weight) grad_weight[int64_t(c) * a.K + k] = narrow<T>(sum);
-    if (lane == 0 && k == a.K && grad_bias) grad_bias[c] = narrow<T>(sum);
-  }
-}
-
-struct ToeplitzPlan {
-  Toeplitz a;
-  bool aligned, applies;
-  int warps;
-  size_t shared, partial;
-};
-
-ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, bool has_bias_sum, const void* in, const void* x, const void* out) {
-  ToeplitzPlan plan{};
-  Toeplitz& a = plan.a;
-  const Device& device = current_device();
-  const bool gradient = has_dots || has_bias_sum;
-  const int size = p.type == Type::f32 ? 4 : 2, strip = strip_bytes / size;
-  // 32-bit indices of strips, columns and rows; all of grad_output is met by some row of x.
-  plan.applies = p.type != Type::f64 && !p.channels_last && p.stride_h == 1 && p.stride_w == 1 && device.capability >= 8 &&
-                 std::max({p.C * p.N * ceil_div(p.W_out, strip - overlap), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation}) < 1 << 28 &&
-                 (!has_bias_sum || (p.padding_h <= (p.K - 1) * p.dilation && p.H >= p.dilation));
-  plan.aligned = p.padding_w == 0 && p.W * size % 16 == 0;
-  for (const void* at : {in, x, out}) plan.aligned = plan.aligned && reinterpret_cast<uintptr_t>(at) % 16 == 0;
-  plan.applies = plan.applies && (size == 2 || plan.aligned);
-  // Where it pays, by measurement.
-  const int64_t H = ceil_div(transposed ? p.H : p.H_out, p.dilation);
-  plan.applies = plan.applies && p.K > (size == 4 ? 21 : plan.aligned && !transposed ? 3 : 2) && 3 * p.W * H > round_up(p.W, strip) * round_up(H, step);
-  if (!plan.applies) return plan;
-  a.K = p.K, a.tiles = (p.K + 14) / 16 + 1, a.C = p.C;
-  a.reversed = transposed, a.has_dots = has_dots, a.has_bias_sum = has_bias_sum;
-  a.in_rows = transposed ? p.H_out : p.H, a.in_width = transposed ? p.W_out : p.W;
-  a.out_rows = transposed ? p.H : p.H_out, a.out_width = transposed ? p.W : p.W_out;
-  a.in_plane = int64_t(a.in_rows) * a.in_width, a.out_plane = int64_t(a.out_rows) * a.out_width;
-  a.row_shift = transposed ? p.padding_h - (p.K - 1) * p.dilation : -p.padding_h;
-  a.column_shift = transposed ? p.padding_w : -p.padding_w;
-  a.column_begin = has_bias_sum ? -p.padding_w : 0;
-  const int64_t columns = has_bias_sum ? p.W_out : a.out_width;  // all columns of grad_output
-  a.dilation = p.dilation;
-  const auto multiples = [&](int bytes, const void* at, int column, int width) {
-    return (reinterpret_cast<uintptr_t>(at) + column * size) % bytes == 0 && width * size % bytes == 0;
-  };
-  a.in_even = multiples(4, in, a.column_begin + a.column_shift, a.in_width);
-  a.x_even = multiples(4, x, a.column_begin, a.out_width), a.out_even = multiples(4, out, a.column_begin, a.out_width);
-  a.advance = multiples(16, out, a.column_begin, a.out_width) ? strip : strip - overlap;
-  const int64_t strips = columns <= strip ? 1 : ceil_div(columns - (strip - a.advance), a.advance);
-  a.last_column = a.column_begin + (strips - 1) * a.advance;
-  const int64_t lines = p.N * strips, residues = std::min<int64_t>(p.dilation, a.out_rows);
-  a.strips = strips, a.lines = lines, a.residues = residues;
-
-  const auto pitch = [&](int64_t width) { return plan.aligned ? aligned_pitch : aligned_pitch + width * p.dilation * 2 % 16; };
-  a.in_pitch = pitch(a.in_width), a.x_pitch = a.out_pitch = pitch(a.out_width);
-  a.ring_pairs = a.tiles / 2 + 2;
-  a.x_offset = a.ring_pairs * step * a.in_pitch + 16;
-  a.dots_offset = a.x_offset + (has_dots ? step * a.x_pitch + 16 : 0);
-  a.out_offset = a.dots_offset + (has_dots ? a.tiles * 1024 : 0);
-  a.warp_bytes = round_up(a.out_offset + (plan.aligned ? 0 : 16 * a.out_pitch + 16), 16);
-  const auto shared = [&](int warps) { return (size == 4 ? 3 : 1) * 4 * (16 * a.tiles + 16) + warps * a.warp_bytes; };
-  const auto resident = [&](int warps) {  // blocks of a multiprocessor
-    return std::min<int64_t>(resident_blocks(gradient, plan.aligned, size) * 4 / warps, device.shared_per_multiprocessor / (shared(warps) + 1024));
-  };
-  double most = 0;
-  for (int warps : {4, 2, 1}) {  // as many busy ones as registers and shared memory have room for; preferably 4, which read 512 bytes of a row
-    const double busy = shared(warps) > device.shared_bytes ? 0 : resident(warps) * warps * (double(lines) / round_up(lines, warps));
-    if (busy > 1.1 * most) most = busy, plan.warps = warps;
-  }
-  if (!(plan.applies = most > 0)) return plan;
-  plan.shared = shared(plan.warps);
-
-  // As few bands as keep the device busy: their first steps read rows of the band before. Costs are in quarters of a step.
-  // More waves than needed: smaller blocks, which the device starts in the order of memory, share what they read of it.
-  const int64_t least = gradient ? 1 : plan.aligned ? 2 : 8, blocks = device.multiprocessors * resident(plan.warps);
-  const int64_t steps = ceil_div(ceil_div(a.out_rows, p.dilation), step), groups = ceil_div(lines, plan.warps);
-  int64_t best = INT64_MAX;
-  for (int64_t bands = 1; bands <= std::min<int64_t>(steps, 64); ++bands) {
-    const int64_t band_steps = ceil_div(steps, bands), units = groups * residues * ceil_div(steps, band_steps);
-    for (int64_t waves = least; waves <= 4 * least; ++waves) {
-      const int64_t splits = std::clamp<int64_t>(blocks * waves / p.C, 1, units), each = ceil_div(units, splits);
-      const int64_t cost = ceil_div(p.C * splits, blocks) * (each * (4 * band_steps + (bands > 1 ? 2 : 1) * (a.tiles / 2)) + 4);
-      if (cost < best) best = cost, a.bands = ceil_div(steps, band_steps), a.band_steps = band_steps, a.units = units, a.splits = ceil_div(units, each);
-    }
-  }
-  plan.partial = sizeof(float) * p.C * a.splits * (p.K + 1);
-  return plan;
-}
-
-template <class T, bool Gradient>
-const char* toeplitz_launch(const ToeplitzPlan& plan, const void* in, const void* x, const void* weight, const void* bias, void* out, float* partial,
-                            cudaStream_t stream) {
-  const auto kernel = plan.aligned ? toeplitz<T, true, Gradient> : toeplitz<T, std::is_same_v<T, float>, Gradient>;
-  if (plan.shared > 48 << 10)
-    if (const char* error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)))) return error;
-  kernel<<<plan.a.C * plan.a.splits, plan.warps * 32, plan.shared, stream>>>(plan.a, (const T*)in, (const T*)x, (const T*)weight, (const T*)bias, (T*)out, partial);
-  return check(cudaGetLastError());
-}
 }  // namespace
 
 bool toeplitz_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
+  if (p.channels_last) return false;
   const ToeplitzPlan plan = toeplitz_plan(p, false, false, false, x, nullptr, y);
   if (!plan.applies) return false;
-  const auto launch = p.type == Type::f32 ? toeplitz_launch<float, false> : p.type == Type::f16 ? toeplitz_launch<__half, false> : toeplitz_launch<__nv_bfloat16, false>;
-  error = launch(plan, x, nullptr, weight, bias, y, nullptr, cudaStream_t(stream));
+  const auto launch = [&]<class T> {
+    return toeplitz_launch<T>(plan, plan.aligned ? toeplitz<T, true, false> : toeplitz<T, sizeof(T) == 4, false>, x, nullptr, weight, bias, y, nullptr, stream);
+  };
+  error = p.type == Type::f32 ? launch.template operator()<float>() : p.type == Type::f16 ? launch.template operator()<__half>() : launch.template operator()<__nv_bfloat16>();
   return true;
 }
 
 bool toeplitz_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
                        void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
+  if (p.channels_last) return false;
   const ToeplitzPlan plan = toeplitz_plan(p, true, grad_weight, grad_bias, grad_output, x, grad_input);
   if (!plan.applies) return false;
-  const auto launch = [&]<class T>() {
-    if (!grad_weight && !grad_bias) return toeplitz_launch<T, false>(plan, grad_output, nullptr, weight, nullptr, grad_input, nullptr, cudaStream_t(stream));
-    float* const partial = static_cast<float*>(scratch(plan.partial, context));
-    if (const char* error = toeplitz_launch<T, true>(plan, grad_output, x, weight, nullptr, grad_input, partial, cudaStream_t(stream))) return error;
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = plan.a.C, config.blockDim = 256, config.stream = cudaStream_t(stream), config.attrs = &early;
-    config.numAttrs = current_device().capability >= 9;
-    return check(cudaLaunchKernelEx(&config, toeplitz_reduce<T>, plan.a, p, (const float*)partial, (const T*)grad_output, (const T*)x, (T*)grad_weight, (T*)grad_bias));
+  const auto launch = [&]<class T> {
+    const auto kernel = !grad_weight && !grad_bias ? plan.aligned ? toeplitz<T, true, false> : toeplitz<T, sizeof(T) == 4, false>
+                        : plan.aligned ? toeplitz<T, true, true> : toeplitz<T, sizeof(T) == 4, true>;
+    return toeplitz_gradients<T>(plan, kernel, p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
   };
   error = p.type == Type::f32 ? launch.template operator()<float>() : p.type == Type::f16 ? launch.template operator()<__half>() : launch.template operator()<__nv_bfloat16>();
   return true;
 }
-// ---- end of the part for tensor cores ----
+// ---- end of the part for contiguous layout on tensor cores ----
+
+namespace {
+// The words made of one number of each of two places, for 8 channels.
+__device__ void load_pairs(uint32_t (&to)[8], const unsigned char* first, const unsigned char* second) {
+  const uint4 v = at<uint4>(first), w = at<uint4>(second);
+  to[0] = __byte_perm(v.x, w.x, 0x5410), to[1] = __byte_perm(v.x, w.x, 0x7632), to[2] = __byte_perm(v.y, w.y, 0x5410), to[3] = __byte_perm(v.y, w.y, 0x7632);
+  to[4] = __byte_perm(v.z, w.z, 0x5410), to[5] = __byte_perm(v.z, w.z, 0x7632), to[6] = __byte_perm(v.w, w.w, 0x5410), to[7] = __byte_perm(v.w, w.w, 0x7632);
+}
+
+// d += a b for fragments of 16 x 8 and 8 x 8 numbers.
+template <class T> __device__ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __half>)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
+  else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
+#endif
+}
+
+// 8 channels, from c on, of a pixel of out from the definition.
+template <class T>
+__device__ void redo(const Toeplitz& a, const T* in, const T* weight, const T* bias, T* out, int n, int row, int column, int c) {
+  out += ((int64_t(n) * a.out_rows + row) * a.out_width + column) * a.C;
+  column += a.column_shift;
+#pragma unroll 1
+  for (const int end = c + 8; c < end; ++c) {
+    float sum = bias ? widen(bias[c]) : 0;
+#pragma unroll 1
+    for (int k = 0; k < a.K; ++k) {
+      const int in_row = row + a.row_shift + k * int(a.dilation.divisor);
+      if (column >= 0 && column < a.in_width && in_row >= 0 && in_row < a.in_rows)
+        sum += widen(weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)]) * widen(in[((int64_t(n) * a.in_rows + in_row) * a.in_width + column) * a.C + c]);
+    }
+    out[c] = narrow<T>(sum);
+  }
+}
+
+// As `toeplitz`, for channels_last. A warp's strip is 8 pixels of 8 channels: a product's columns are the pixels of one channel. Lanes
+// load 16 bytes, the 8 channels of a pixel; two such loads make a word of a fragment for each of the 8. A block's strips lie side by
+// side: 8 pixels of 4 times 8 channels, of fewer where there are fewer, then more pixels. Its warps copy rows of all in memory's order,
+// into shared memory and, put together there, out of it (forward: where the step's first rows of in were). In registers: two blocks
+// of out and of in.
+//
+// Gradient: the strips' first warps do the same, a block at a time, and sum grad_output; another warp a strip for each t keeps D_t of
+// its 8 channels in registers for the block's life. At the end the block sums its D_t along their diagonals.
+//
+// A pitch of 16 modulo 128 bytes for rows and of 32 for strips keeps all this free of bank conflicts.
+template <class T, bool Gradient>
+__global__ void __launch_bounds__(Gradient ? 512 : 128, Gradient ? 1 : 3)
+toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
+              const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
+  constexpr int pitch = aligned_pitch, pair_bytes = step * pitch, together = Gradient ? 1 : 2;  // blocks of out at a time
+  extern __shared__ __align__(16) unsigned char shared[];
+  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, d = a.dilation.divisor, tiles = a.tiles, lead = tiles / 2, entries = a.ring_offset / 32;
+  const int strips = a.groups * a.side, role = Gradient ? threadIdx.x / (32 * strips) : 0, thread = threadIdx.x - role * 32 * strips;
+  const int split = blockIdx.x / a.sets, set_channel = blockIdx.x % a.sets * a.groups * 8;
+  const int own_strip = thread / 32, own_channel = set_channel + own_strip % a.groups * 8;
+  const int mine = own_strip * a.warp_bytes, ring = mine + a.ring_offset;  // in shared memory
+
+  // The vector that the thread copies of rows copied_row, copied_row + 4, ...
+  const int vector = thread % (8 * strips), copied_row = thread / (8 * strips), copied_side = vector / a.groups / pixels;
+  const int copied_pixel = vector / a.groups % pixels, copied_channel = set_channel + vector % a.groups * 8;
+  const int copied_at = (copied_side * a.groups + vector % a.groups) * a.warp_bytes + copied_row * pitch + copied_pixel * 16;
+
+  int unit = split - a.splits, pair = 0, pairs = 0, slot = 0;
+  const auto next_block = [&](int block) { return block += 16 * pitch, block == ring + a.ring_pairs * pair_bytes ? ring : block; };
+  // Rows that the thread copies next, and which of them there are.
+  struct Rows { const T* from; int lo, hi; };
+  // Calls body(s, its first block) for each step s of all units, before that begin(unit) for each unit, at once prepare(). Copying, it
+  // fetches `in`, pair after pair of blocks, and rows of x for the step that a pair completes.
+  const auto each_step = [&]<bool Copying>(auto&& prepare, auto&& begin, auto&& body) {
+    Rows in_rows{}, x_rows{};
+    const auto fetch = [&] {
+      if (pair++ == pairs) {
+        const int steps = next_steps(a, unit);
+        pairs = steps + lead, pair = steps > 0;
+        const auto place = [&](const T* first, int rows, int width, int64_t row_numbers, int row_shift, int column_shift) {
+          const Band of = band(a, unit, copied_side);
+          const int row = of.row + row_shift, column = of.column + copied_pixel + column_shift;
+          const bool there = of.busy && copied_channel < a.C && column >= 0 && column < width;
+          return Rows{first + ((int64_t(of.n) * rows + row) * width + column) * a.C + copied_channel + copied_row * row_numbers,
+                      a.dilation.steps(-row) - copied_row, there ? a.dilation.steps(rows - row) - copied_row : -step};
+        };
+        if (Copying && pair) in_rows = place(in, a.in_rows, a.in_width, a.in_row, a.row_shift, a.column_shift);
+        if (Copying && Gradient && pair) x_rows = place(x, a.out_rows, a.out_width, a.out_row, 0, 0);
+      }
+      const auto copy = [&](Rows& rows, int64_t row_numbers, const T* any, int to) {
+#pragma unroll
+        for (int i = 0; i < step / 4; ++i, rows.from += 4 * row_numbers) {
+          const bool valid = 4 * i >= rows.lo && 4 * i < rows.hi;
+          copy_async(shared + copied_at + to + 4 * i * pitch, valid ? rows.from : any, valid ? 16 : 0);
+        }
+        rows.lo -= step, rows.hi -= step;
+      };
+      if (Copying && pair > 0) copy(in_rows, a.in_row, in, a.ring_offset + slot * pair_bytes);
+      if (Copying && Gradient && a.has_dots && pair > lead) copy(x_rows, a.out_row, x, a.x_offset + pair % 2 * pair_bytes);
+      slot = slot + 1 == a.ring_pairs ? 0 : slot + 1;
+      end_group_of_copies();
+    };
+    fetch();
+    prepare();
+    while (pair > 0) {
+      const int s = pair - 1 - lead;
+      if (pair == 1) begin(unit);
+      __syncthreads();
+      fetch();  // to the slot before that of the step's first pair, which the step before read first
+      await_copies<1>();
+      __syncthreads();
+      if (s >= 0) body(s, ring + slot * pair_bytes);
+    }
+    if (Gradient) await_copies<0>(), __syncthreads();
+  };
+#if __CUDA_ARCH__ >= 900
+  if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  const int taps = mine + (15 + 2 * q - g) * 16;
+  Packed<T, 8> initial{};
+  if (!Gradient && bias && own_channel < a.C) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) initial.at[i] = bias[own_channel + i];
+  }
+
+  // At the end, of a strip: sums of D_t's 31 diagonals, then of grad_output, by t and channel.
+  const auto sums = [&](int strip) { return reinterpret_cast<float*>(shared + strip * a.warp_bytes) + tiles * 256; };
+  if (role == 0) {
+    T* to;
+    int left, own_unit;  // rows that the thread writes
+    float bias_sum = 0;  // of channel g, pixels 2 q and 2 q + 1
+    each_step.template operator()<true>([&] {
+      // Pairs of taps from -15 on for 8 channels, those of 4 channels side by side. No branches, so that loads are under way together.
+      if (weight && own_channel < a.C) {
+#pragma unroll 4
+        for (int i = lane / 4; i < 2 * entries; i += 8) {
+          const int half = i >= entries, k = i - half * entries - 15;
+          const uint16_t* const taps = reinterpret_cast<const uint16_t*>(weight) + int64_t(own_channel + half * 4 + lane % 4) * a.K;
+          const auto tap = [&](int k) {
+            const uint32_t v = taps[min(max(a.reversed ? a.K - 1 - k : k, 0), a.K - 1)];
+            return uint32_t(k) < uint32_t(a.K) ? v : 0;
+          };
+          reinterpret_cast<uint32_t*>(shared + mine)[i * 4 + lane % 4] = tap(k) | tap(k + 1) << 16;
+        }
+      }
+    }, [&](int unit) {
+      own_unit = unit;
+      const Band copied = band(a, unit, copied_side);
+      const int column = copied.column + copied_pixel;
+      to = out + ((int64_t(copied.n) * a.out_rows + copied.row + copied_row * d) * a.out_width + column) * a.C + copied_channel;
+      left = (!Gradient || out) && copied.busy && copied_channel < a.C && column >= 0 && column < a.out_width ? copied.rows - copied_row : 0;
+    }, [&](int s, int first_block) {
+      if (!Gradient || out || a.has_bias_sum) {
+        const int staged = Gradient ? mine + a.out_offset : first_block;  // rows of out
+        int block = first_block;
+        const auto load_block = [&](uint32_t (&to)[2][8]) {
+          const unsigned char* const from = shared + block + 2 * q * pitch + g * 16;
+          load_pairs(to[0], from, from + pitch), load_pairs(to[1], from + 8 * pitch, from + 9 * pitch);
+          block = next_block(block);
+        };
+        if (Gradient && a.has_bias_sum) {  // a block counts where tap 0 meets it, or in the last step
+          const int count = (s + 1) * step >= band(a, own_unit, 0).rows ? tiles : 1;
+          constexpr uint32_t ones = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
+#pragma unroll 1
+          for (int u = 0; u <= count; ++u) {
+            uint32_t b[2][8];
+            load_block(b);
+#pragma unroll
+            for (int c = 0; c < 8; ++c) {
+              float sum[4] = {};
+              multiply_add<T>(sum, ones, ones, ones, ones, b[0][c], b[1][c]);
+              if (c == g) bias_sum += sum[0] + sum[1];
+            }
+          }
+        }
+#pragma unroll 1
+        for (int part = 0; part < 2; part += together) {
+          float acc[together][8][4], first[8];
+          uint32_t b[together][2][8];  // of a block each: rows 2 q and 2 q + 1, 2 q + 8 and 2 q + 9
+          block = part ? next_block(first_block) : first_block;
+          unpack(first, initial);
+#pragma unroll
+          for (int i = 0; i < together * 32; ++i) acc[i / 32][i / 4 % 8][i % 4] = first[i / 4 % 8];
+          if constexpr (together == 2) load_block(b[1]);
+#pragma unroll 1
+          for (int u = 0; u < tiles; ++u) {  // A_u meets block u for the step's first block of out and block u + 1 for its second
+#pragma unroll
+            for (int i = 0; i < 16 * (together - 1); ++i) b[0][i / 8][i % 8] = b[1][i / 8][i % 8];
+            load_block(b[together - 1]);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const unsigned char* const from = shared + taps + (half * entries + 16 * u) * 16;
+              const Packed<uint32_t, 4> before = at<Packed<uint32_t, 4>>(from - 128), same = at<Packed<uint32_t, 4>>(from), after = at<Packed<uint32_t, 4>>(from + 128);
+#pragma unroll
+              for (int i = 0; i < 4 * together; ++i) {
+                const int c = half * 4 + i % 4;
+                multiply_add<T>(acc[i / 4][c], same.at[i % 4], before.at[i % 4], after.at[i % 4], same.at[i % 4], b[i / 4][0][c], b[i / 4][1][c]);
+              }
+            }
+          }
+          __syncwarp();
+#pragma unroll
+          for (int i = 0; i < 4 * together; ++i) {  // rows g and g + 8, pixels 2 q and 2 q + 1
+            const auto& v = acc[i / 4];
+            const int k = i % 4;
+            *reinterpret_cast<Packed<T, 8>*>(shared + staged + ((part * 2 + i / 2) * 8 + g) * pitch + (2 * q + i % 2) * 16) =
+                pack<T, 8>({v[0][k], v[1][k], v[2][k], v[3][k], v[4][k], v[5][k], v[6][k], v[7][k]});
+          }
+        }
+        __syncthreads();
+        const unsigned char* const copied = shared + copied_at + (staged - mine);
+        uint32_t nan = 0;
+#pragma unroll
+        for (int i = 0; i < step / 4; ++i, to += 4 * a.out_row)
+          if (s * step + 4 * i < left) {
+            const uint4 v = at<uint4>(copied + 4 * i * pitch);
+            *reinterpret_cast<uint4*>(to) = v;
+            nan = max_nan<T>(max_nan<T>(nan, max_nan<T>(v.x, v.y)), max_nan<T>(v.z, v.w));
+          }
+        constexpr uint32_t infinity = std::is_same_v<T, __half> ? 0x7c00 : 0x7f80;
+        if ((nan & 0x7fff) > infinity || (nan >> 16 & 0x7fff) > infinity) {
+          const Band of = band(a, own_unit, copied_side);
+#pragma unroll 1
+          for (int i = s * step; i < (s + 1) * step && i < left; i += 4) redo(a, in, weight, bias, out, of.n, of.row + (i + copied_row) * d, of.column + copied_pixel, copied_channel);
+        }
+      } else {
+        __syncthreads();
+      }
+    });
+    if constexpr (Gradient) {
+      bias_sum += __shfl_xor_sync(~0u, bias_sum, 1);
+      bias_sum += __shfl_xor_sync(~0u, bias_sum, 2);
+      if (q == 0) sums(own_strip)[g * 32 + 31] = bias_sum;
+    }
+  } else if constexpr (Gradient) {
+    const int t = role - 1;
+    float dots[2][8][4] = {};  // of columns 0 ... 7 and 8 ... 15, by channel
+    each_step.template operator()<false>([] {}, [](int) {}, [&](int s, int block) {
+      block += t * 16 * pitch;
+      if (block >= ring + a.ring_pairs * pair_bytes) block -= a.ring_pairs * pair_bytes;
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i, block = next_block(block)) {
+        uint32_t own[2][8], other[8];
+        const int at_lane = g * pitch + q * 32;
+        const auto load_row = [&](uint32_t (&to)[8], int row) { load_pairs(to, shared + row + at_lane, shared + row + at_lane + 16); };
+#pragma unroll
+        for (int h = 0; h < 2; ++h) load_row(own[h], mine + a.x_offset + (s + lead + 1) % 2 * pair_bytes + (2 * i + h) * 8 * pitch);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          load_row(other, block + h * 8 * pitch);
+#pragma unroll
+          for (int c = 0; c < 8; ++c) multiply_add<T>(dots[h][c], own[0][c], own[1][c], other[c]);
+        }
+      }
+      __syncthreads();
+    });
+
+    float* const square = reinterpret_cast<float*>(shared + mine) + t * 256;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) square[(g + i / 2 % 2 * 8) * 16 + i / 4 * 8 + 2 * q + i % 2] = dots[i / 4][c][i % 4];
+      __syncwarp();
+      float sum = 0;
+#pragma unroll 1
+      for (int r = max(0, 15 - lane); r < min(16, 31 - lane); ++r) sum += square[r * 17 + lane - 15];
+      if (lane < 31) sums(own_strip)[t * 256 + c * 32 + lane] = sum;
+      __syncwarp();
+    }
+  }
+  if constexpr (Gradient) {
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < a.groups * 8 * (a.K + 1); i += blockDim.x) {
+      const int k = i % (a.K + 1), c = i / (a.K + 1);
+      if (set_channel + c >= a.C) break;
+      float sum = 0;
+#pragma unroll 1
+      for (int s = c / 8; s < strips; s += a.groups) {
+        const float* const of = sums(s) + c % 8 * 32;
+        if (k == a.K) sum += of[31];
+        else if (a.has_dots) sum += of[k / 16 * 256 + 15 + k % 16] + (k % 16 ? of[(k / 16 + 1) * 256 + k % 16 - 1] : 0);
+      }
+      partial[(int64_t(set_channel + c) * a.splits + split) * (a.K + 1) + (k == a.K ? k : a.K - 1 - k)] = sum;
+    }
+  }
+}
+}  // namespace
+
+bool toeplitz_forward_last(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
+  if (!p.channels_last) return false;
+  const ToeplitzPlan plan = toeplitz_plan(p, false, false, false, x, nullptr, y);
+  if (!plan.applies) return false;
+  error = p.type == Type::f16 ? toeplitz_launch<__half>(plan, toeplitz_last<__half, false>, x, nullptr, weight, bias, y, nullptr, stream)
+                              : toeplitz_launch<__nv_bfloat16>(plan, toeplitz_last<__nv_bfloat16, false>, x, nullptr, weight, bias, y, nullptr, stream);
+  return true;
+}
+
+bool toeplitz_backward_last(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
+                            void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
+  if (!p.channels_last) return false;
+  const ToeplitzPlan plan = toeplitz_plan(p, true, grad_weight, grad_bias, grad_output, x, grad_input);
+  if (!plan.applies) return false;
+  const auto launch = [&]<class T> {
+    const auto kernel = grad_weight || grad_bias ? toeplitz_last<T, true> : toeplitz_last<T, false>;
+    return toeplitz_gradients<T>(plan, kernel, p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
+  };
+  error = p.type == Type::f16 ? launch.template operator()<__half>() : launch.template operator()<__nv_bfloat16>();
+  return true;
+}
+// ---- end of the part for channels_last on tensor cores ----
+
 namespace {
 // Copies by the bulk copy engine (compute capability 9.0), between places that are alike modulo 16 bytes. Loads count on a barrier in
 // shared memory, on which all threads then wait for its phase.
