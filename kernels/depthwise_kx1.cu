@@ -1565,7 +1565,14 @@ __device__ void show_to_copy_engine() {
 }
 
 constexpr int bulk_threads = 256, bulk_slots = 2;
-constexpr int bulk_blocks(bool gradient) { return gradient ? 3 : 4; }  // of a multiprocessor, by registers
+// Blocks of a multiprocessor, by registers: from compute capability 10.0 on, one more would spill.
+constexpr int bulk_blocks(bool gradient) {
+#if __CUDA_ARCH__ >= 1000
+  return gradient ? 2 : 3;
+#else
+  return gradient ? 3 : 4;
+#endif
+}
 
 // A stretch of memory that a block works on: a band of rows of a plane, or whole planes of neighbouring channels.
 struct Chunk {
@@ -1662,6 +1669,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     const T* const in_slot = reinterpret_cast<const T*>(shared + a.slots_at + slot * a.slot_bytes) + k.in_skipped;
     T* const out_slot = reinterpret_cast<T*>(shared + a.slots_at + slot * a.slot_bytes + a.out_at) + k.out_skipped;
     const int in_rows = k.in_rows, out_rows = k.out_rows, in_row = k.in_row, W = a.in_width, W_out = a.out_width;
+#pragma unroll 1
     for (int item = plane < planes ? lane : a.items; item < a.items; item += tx) {
       int w, group = a.columns(item, w);
       const int row = group * R, first_row = row - in_row, rows_left = out_rows - row, in_w = w + a.column_shift;  // first_row: of in, for tap 0
@@ -1681,10 +1689,9 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
         const auto take = [&]<bool all>(int first) {  // M taps, or what is left
           const int count = all ? M : K - first;
           const uint32_t valid = !guarded ? ~0u : reached ? bits(-first_row - first, min(in_rows - first_row - first, R + count - 1)) : 0;
-          const T* at = from;
 #pragma unroll
-          for (int t = 0; t < R + M - 1; ++t, at += W) {
-            if (guarded ? valid >> t & 1 : all || t < R || t < R + count - 1) rows[t] = widen(*at);
+          for (int t = 0; t < R + M - 1; ++t) {
+            if (guarded ? valid >> t & 1 : all || t < R || t < R + count - 1) rows[t] = widen(from[t * W]);
           }
 #pragma unroll
           for (int m = 0; m < M; ++m) {
