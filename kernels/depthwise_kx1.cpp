@@ -591,8 +591,9 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void cpu_tasks_16(const void* job, int64_t begin, int64_t end);  // tasks for 16-bit types
-// ---- end of what is compiled with each of the next two parts ----
+void float16_tasks(const void* job, int64_t begin, int64_t end);
+void bfloat16_tasks(const void* job, int64_t begin, int64_t end);
+// ---- end of what is compiled with each of the next three parts ----
 
 namespace {
 template <class F> void parallel(int64_t n, int64_t grain, const F& f) {  // torch's own threads: an OpenMP of ours would not be governed by torch
@@ -603,9 +604,6 @@ template <class F> void parallel(int64_t n, int64_t grain, const F& f) {  // tor
 // Cuts the work into tiles that stay in cache and tasks of some 32 Ki elements, and runs it.
 void run(Job j, void* grad_weight, void* grad_bias) {
   Problem& p = j.p;
-  void (*work)(const Job&, int64_t, int64_t) = [](const Job& j, int64_t begin, int64_t end) { cpu_tasks_16(&j, begin, end); };
-  if (p.type == Type::f32) work = tasks<float>;
-  if (p.type == Type::f64) work = tasks<double>;
   const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), budget = 32768, halo_all = (p.K - 1) * p.dilation;
   if (p.H * p.W == 1 && p.H_out * p.W_out == 1) p.channels_last = true;  // the orders are the same; this one is faster
   auto view = [&](int64_t rows, int64_t width, int64_t col, int64_t step) {
@@ -643,7 +641,9 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   std::vector<double> sums;
   if (j.want_weight || j.want_bias) sums.resize(count * (p.K + 1) * j.lanes);
   j.sums = sums.data();
-  parallel(count, std::max<int64_t>(1, budget / (total / count + 1)), [&](int64_t b, int64_t e) { work(j, b, e); });
+  parallel(count, std::max<int64_t>(1, budget / (total / count + 1)), [&](int64_t b, int64_t e) {
+    p.type == Type::f32 ? tasks<float>(j, b, e) : p.type == Type::f64 ? tasks<double>(j, b, e) : (p.type == Type::f16 ? float16_tasks : bfloat16_tasks)(&j, b, e);
+  });
   if (sums.empty()) return;
   parallel(p.C, std::max<int64_t>(1, budget / (j.groups * (p.K + 1))), [&](int64_t b, int64_t e) {
     for (int64_t c = b; c < e; c++)
@@ -688,11 +688,11 @@ void cpu_backward(const Problem& p, const void* grad_output, const void* x, cons
 }
 // ---- end of the CPU kernels for 32 and 64 bits ----
 
-void cpu_tasks_16(const void* job, int64_t begin, int64_t end) {
-  const Job& j = *static_cast<const Job*>(job);
-  (j.p.type == Type::f16 ? tasks<Half> : tasks<BFloat16>)(j, begin, end);
-}
-// ---- end of the CPU kernels for 16 bits ----
+void float16_tasks(const void* job, int64_t begin, int64_t end) { tasks<Half>(*static_cast<const Job*>(job), begin, end); }
+// ---- end of the CPU kernels for float16 ----
+
+void bfloat16_tasks(const void* job, int64_t begin, int64_t end) { tasks<BFloat16>(*static_cast<const Job*>(job), begin, end); }
+// ---- end of the CPU kernels for bfloat16 ----
 
 #include <optional>
 #include <string>
