@@ -1735,6 +1735,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
       if (leads && last > first) bulk_store(to + first, out_slot + first, (last - first) * sizeof(T));
     }
   }
+  if (leads) await_stores_read();  // before the block gives up its shared memory or uses it otherwise
   if (Gradient && partial) {  // over the threads of a plane, in fixed order
     __syncthreads();
     float* const all = reinterpret_cast<float*>(shared + a.slots_at);
