@@ -1651,18 +1651,22 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     arrive(barriers + slot);
   };
 
-  if (threadIdx.x < bulk_slots) begin_barrier(barriers + threadIdx.x);
   for (int i = threadIdx.x; i < planes * K; i += bulk_threads) taps[i] = weight ? widen(weight[int64_t(first_channel) * K + (a.reversed ? i / K * K + K - 1 - i % K : i)]) : 0;
   if (Gradient)
     for (int i = M; i < K; ++i) sums[(i - M) * bulk_threads] = 0;
   float dots[M] = {}, bias_sum = 0;
-  __syncthreads();
   for (int turn = 1 - bulk_slots; split + turn * a.splits < a.chunks; ++turn) {
     if (leads) {
+      if (turn < 0) {
+        for (int i = 0; i < bulk_slots; ++i) begin_barrier(barriers + i);
+      }
       await_stores_read();
       load_chunk(turn + bulk_slots - 1);
     }
-    if (turn < 0) continue;
+    if (turn < 0) {
+      __syncthreads();
+      continue;
+    }
     const int slot = turn % bulk_slots;
     await(barriers + slot, turn / bulk_slots % 2);
     const Chunk& k = described[slot];
