@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -88,16 +89,35 @@ __device__ uint32_t bits(int lo, int hi) {
   return hi <= lo ? 0 : ~0u >> (32 - (hi - lo)) << lo;
 }
 
-// How a launch walks its planes. Forward: out is y, in is x. Transposed (input gradient): out is grad_input, in is
-// grad_output. Rows of out one `out_step` apart meet the same taps in rows of in one `in_step` apart, whatever stride s
-// and dilation d are: with g = gcd(s, d), L = s d / g, a forward step is d / g rows of y and L rows of x, and every
-// (s / g)-th tap shares them. So one loop, acc[r] += weight[m] * in[r + m], serves all strides, dilations and both passes.
-struct Walk {
+// Forward: out is y, in is x. Transposed (input gradient): out is grad_input, in is grad_output, taps are reversed; for the other
+// gradients, x * grad_output is summed for each tap, and grad_output.
+struct Pass {
   Problem p;
-  bool has_bias_sum;
-  int in_rows, in_width, out_rows, out_width;      // planes of in and out, in rows and pixels
-  uint32_t in_columns, out_columns;                // numbers in their rows
-  int64_t in_plane, out_plane;                     // numbers in their planes
+  int K, C;
+  bool reversed, has_dots, has_bias_sum;
+  int in_rows, in_width, out_rows, out_width;  // planes of in and out, in rows and pixels
+  uint32_t in_columns, out_columns;            // numbers in their rows: of all channels if channels_last
+  int64_t in_plane, out_plane;                 // numbers in them
+  int row_shift, column_shift;                 // row and column of in that tap 0 takes to row and column 0 of out, at stride 1
+};
+
+Pass make_pass(const Problem& p, bool transposed, bool has_dots, bool has_bias_sum) {
+  Pass a{p, int(p.K), int(p.C), transposed, has_dots, has_bias_sum, int(p.H), int(p.W), int(p.H_out), int(p.W_out)};
+  a.row_shift = -p.padding_h, a.column_shift = -p.padding_w;
+  if (transposed) {
+    std::swap(a.in_rows, a.out_rows), std::swap(a.in_width, a.out_width);
+    a.row_shift = p.padding_h - (p.K - 1) * p.dilation, a.column_shift = p.padding_w;
+  }
+  const int64_t pixel = p.channels_last ? p.C : 1;
+  a.in_columns = a.in_width * pixel, a.out_columns = a.out_width * pixel;
+  a.in_plane = int64_t(a.in_columns) * a.in_rows, a.out_plane = int64_t(a.out_columns) * a.out_rows;
+  return a;
+}
+
+// How a launch walks its planes. Rows of out one `out_step` apart meet the same taps in rows of in one `in_step` apart, whatever stride
+// s and dilation d are: with g = gcd(s, d), L = s d / g, a forward step is d / g rows of y and L rows of x, and every
+// (s / g)-th tap shares them. So one loop, acc[r] += weight[m] * in[r + m], serves all strides, dilations and both passes.
+struct Walk : Pass {
   int row_begin, pixel_begin, pixel_end;           // what is walked of out: beyond its own where a bias gradient wants that
   Divisor pixel, channels;                         // numbers in a pixel: C if channels_last, else 1; C
   Divisor in_step, out_step;
@@ -329,11 +349,8 @@ struct Plan {
 
 template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan plan(const Problem& p, bool has_weight, bool has_dots, bool has_bias_sum) {
   const int64_t s = p.stride_h, d = p.dilation, g = std::gcd(s, d);
-  Plan plan{};
+  Plan plan{{make_pass(p, Gradient, has_dots, has_bias_sum)}};
   Walk& a = plan.a;
-  a.p = p, a.has_bias_sum = has_bias_sum;
-  a.in_rows = Gradient ? p.H_out : p.H, a.in_width = Gradient ? p.W_out : p.W;
-  a.out_rows = Gradient ? p.H : p.H_out, a.out_width = Gradient ? p.W : p.W_out;
   int64_t row_end = a.out_rows;
   a.pixel_end = a.out_width;
   if (has_bias_sum) {  // all rows that grad_output meets by tap 0
@@ -343,8 +360,6 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan p
   a.pixel = p.channels_last ? p.C : 1, a.channels = p.C;
   const int64_t in_step = Gradient ? d / g : s * d / g, out_step = Gradient ? s * d / g : d / g;
   a.in_step = in_step, a.out_step = out_step, a.taps_step = s / g;
-  a.in_columns = a.in_width * a.pixel.divisor, a.in_plane = int64_t(a.in_columns) * a.in_rows;
-  a.out_columns = a.out_width * a.pixel.divisor, a.out_plane = int64_t(a.out_columns) * a.out_rows;
   const int64_t rows = row_end - a.row_begin, most = current_device().shared_bytes;
   const int64_t vectors = (a.pixel_end - a.pixel_begin) * a.pixel.divisor / V, planes = p.channels_last ? p.N : p.N * p.C;
   const int64_t groups_per_residue = ceil_div(ceil_div(rows, out_step), R), groups = std::min(out_step, rows) * groups_per_residue;
@@ -494,13 +509,10 @@ template <class T> constexpr int strip = strip_bytes / sizeof(T);
 constexpr int pixels = 8;  // of a strip in channels_last
 constexpr int resident_blocks(bool gradient, bool aligned, int size) { return gradient ? 2 : aligned && size == 2 ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
 
-struct Toeplitz {
-  int K, tiles, C;
-  bool reversed, has_dots, has_bias_sum, in_even, x_even, out_even;  // even: strips' rows begin at multiples of 4 bytes
-  int in_rows, in_width, out_rows, out_width;
-  int64_t in_plane, out_plane;           // numbers
+struct Toeplitz : Pass {
+  int tiles;
+  bool in_even, x_even, out_even;        // strips' rows begin at multiples of 4 bytes
   int64_t in_row, out_row;               // numbers from a row to the next of its residue class, in channels_last
-  int row_shift, column_shift;           // row and column of in that tap 0 takes to row and column 0 of out
   int column_begin, advance, last_column;  // of the strips, in out: where the first and the last begin, and from one to the next
   Divisor dilation, strips;              // strips: of a plane
   int lines;                             // strips of all planes of a channel
@@ -565,7 +577,7 @@ struct ToeplitzPlan {
 };
 
 inline ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, bool has_bias_sum, const void* in, const void* x, const void* out) {
-  ToeplitzPlan plan{};
+  ToeplitzPlan plan{{make_pass(p, transposed, has_dots, has_bias_sum)}};
   Toeplitz& a = plan.a;
   const Device& device = current_device();
   const bool gradient = has_dots || has_bias_sum, last = p.channels_last;
@@ -581,14 +593,8 @@ inline ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_do
   const int64_t few = size == 4 ? 21 : last ? transposed && p.dilation == 1 ? 3 : 7 : plan.aligned && !transposed ? 3 : 2;
   plan.applies = plan.applies && p.K > few && 3 * p.W * H > round_up(p.W, strip) * round_up(H, step);
   if (!plan.applies) return plan;
-  a.K = p.K, a.tiles = (p.K + 14) / 16 + 1, a.C = p.C;
-  a.reversed = transposed, a.has_dots = has_dots, a.has_bias_sum = has_bias_sum;
-  a.in_rows = transposed ? p.H_out : p.H, a.in_width = transposed ? p.W_out : p.W;
-  a.out_rows = transposed ? p.H : p.H_out, a.out_width = transposed ? p.W : p.W_out;
-  a.in_plane = int64_t(a.in_rows) * a.in_width, a.out_plane = int64_t(a.out_rows) * a.out_width;
-  a.in_row = int64_t(a.in_width) * p.C * p.dilation, a.out_row = int64_t(a.out_width) * p.C * p.dilation;
-  a.row_shift = transposed ? p.padding_h - (p.K - 1) * p.dilation : -p.padding_h;
-  a.column_shift = transposed ? p.padding_w : -p.padding_w;
+  a.tiles = (p.K + 14) / 16 + 1;
+  a.in_row = a.in_columns * p.dilation, a.out_row = a.out_columns * p.dilation;
   a.column_begin = has_bias_sum ? -p.padding_w : 0;
   const int64_t columns = has_bias_sum ? p.W_out : a.out_width;  // all columns of grad_output
   a.dilation = p.dilation;
@@ -1582,12 +1588,8 @@ struct Chunk {
   int in_skipped, out_skipped, out_numbers;  // numbers before them in shared memory, modulo 16 bytes
 };
 
-struct Bulk {
-  int K, C;
-  bool reversed, has_dots, has_bias_sum;
-  int in_rows, in_width, out_rows, out_width;
-  int64_t in_plane, out_plane, in_numbers, out_numbers;  // of a plane, and of all
-  int row_shift, column_shift;           // row and column of in that tap 0 takes to row and column 0 of out
+struct Bulk : Pass {
+  int64_t in_numbers, out_numbers;       // of all planes
   int planes, log2_tx;                   // of a chunk, more than one if it holds them whole; threads for each
   int band_rows, chunks, splits;         // rows of out in a chunk; chunks of a slice, dealt to `splits` blocks
   Divisor slices, bands, columns;        // slices: of `planes` channels; bands of a plane; columns of out
@@ -1767,7 +1769,7 @@ struct BulkPlan {
 
 template <class T, int R, int M, bool Gradient>
 BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const void* in, const void* x, const void* out) {
-  BulkPlan plan{};
+  BulkPlan plan{{make_pass(p, Gradient, has_dots, has_bias_sum)}};
   Bulk& a = plan.a;
   const Device& device = current_device();
   plan.applies = device.capability >= 9 && !p.channels_last && p.stride_h == 1 && p.stride_w == 1 && p.dilation == 1 && p.K <= 64 && p.padding_h < p.K &&
@@ -1780,12 +1782,7 @@ BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const voi
   else if (Gradient) plan.applies = plan.applies && (!aligned || p.H * p.W < 4096);
   else plan.applies = plan.applies && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out);
   if (!plan.applies) return plan;
-  a.K = p.K, a.C = p.C, a.reversed = Gradient, a.has_dots = has_dots, a.has_bias_sum = has_bias_sum;
-  a.in_rows = Gradient ? p.H_out : p.H, a.in_width = Gradient ? p.W_out : p.W;
-  a.out_rows = Gradient ? p.H : p.H_out, a.out_width = Gradient ? p.W : p.W_out;
-  a.in_plane = int64_t(a.in_rows) * a.in_width, a.out_plane = int64_t(a.out_rows) * a.out_width;
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane;
-  a.row_shift = Gradient ? p.padding_h - (p.K - 1) : -p.padding_h, a.column_shift = Gradient ? p.padding_w : -p.padding_w;
   const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T), 16) + 16; };
   const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + std::min<int64_t>(rows + p.K - 1, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
@@ -1834,8 +1831,8 @@ bool bulk_backward_by(const Problem& p, const void* grad_output, const void* x, 
   float* const partial = grad_weight || grad_bias ? static_cast<float*>(scratch(plan.partial, context)) : nullptr;
   error = bulk_launch<T, R, M, true>(plan, grad_output, x, weight, nullptr, grad_input, partial, cudaStream_t(stream));
   if (error || !partial) return true;
-  Walk a{};
-  a.p = p, a.column_tiles = 1, a.splits = plan.a.splits, a.dot_end = p.K, a.has_bias_sum = grad_bias;
+  Walk a{plan.a};
+  a.column_tiles = 1, a.splits = plan.a.splits, a.dot_end = p.K;
   reduce<T, 1, false><<<p.C, 256, 0, cudaStream_t(stream)>>>(a, partial, (T*)grad_weight, (T*)grad_bias);
   error = check(cudaGetLastError());
   return true;
