@@ -1408,14 +1408,13 @@ int deal(int64_t slices, int64_t tiles, int64_t blocks_per_multiprocessor, int64
 
 int size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
-// Whether rows of all tensors consist of vectors of so many bytes.
-bool in_vectors(const Call& c, int bytes) {
+// The largest power of two of bytes at whose multiples rows of all tensors begin, and columns that meet.
+uint64_t alignment(const Call& c) {
   const Problem& p = c.p;
-  const int64_t pixel = (p.channels_last ? p.C : 1) * size_of(p.type);
-  bool fits = p.stride_w == 1 || pixel % bytes == 0;
-  for (int64_t width : {p.W, p.W_out, p.padding_w}) fits = fits && width * pixel % bytes == 0;
-  for (const void* at : {c.in, c.x, static_cast<const void*>(c.out)}) fits = fits && reinterpret_cast<uintptr_t>(at) % bytes == 0;
-  return fits;
+  const uint64_t pixel = (p.channels_last ? p.C : 1) * size_of(p.type);
+  const auto at = [](const void* tensor) { return reinterpret_cast<uintptr_t>(tensor); };
+  const uint64_t any = p.W * pixel | p.W_out * pixel | p.padding_w * pixel | (p.stride_w > 1 ? pixel : 0) | at(c.in) | at(c.x) | at(c.out);
+  return any & -any;
 }
 
 Pass make_pass(const Call& c) {
@@ -1435,10 +1434,10 @@ Pass make_pass(const Call& c) {
 // A launch of one of the kernels: A is Walk, Toeplitz or Bulk.
 template <class A> struct Plan {
   A a;
-  bool applies;           // else the kernel cannot do it
+  bool applies;  // else the kernel cannot do it
   int64_t blocks;
   int threads;
-  size_t shared, numbers;  // bytes for a block; of all sums
+  size_t shared, numbers;  // bytes for a block; of all blocks' sums
   Sums sums;
 };
 
@@ -1450,6 +1449,7 @@ template <class T, class A> Sum<T>* make_room(const Plan<A>& plan, const Call& c
   return c.grad_weight || c.grad_bias ? static_cast<Sum<T>*>(c.scratch(plan.numbers * sizeof(Sum<T>), c.context)) : nullptr;
 }
 
+// Launches the kernel; adds up the blocks' sums, if there are.
 template <class T, class A>
 const char* run(void (*kernel)(A, const T*, const T*, const T*, const T*, T*, Sum<T>*), const Plan<A>& plan, const Call& c, Sum<T>* partial) {
   const auto in = static_cast<const T*>(c.in), x = static_cast<const T*>(c.x);
@@ -1462,7 +1462,7 @@ const char* run(void (*kernel)(A, const T*, const T*, const T*, const T*, T*, Su
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = c.p.C, config.blockDim = 256, config.stream = stream, config.attrs = &early, config.numAttrs = current_device().capability >= 9;
-  return check(cudaLaunchKernelEx(&config, reduce<T>, c.p, plan.sums, (const Sum<T>*)partial, in, x, static_cast<T*>(c.grad_weight), static_cast<T*>(c.grad_bias)));
+  return check(cudaLaunchKernelEx(&config, reduce<T>, c.p, plan.sums, static_cast<const Sum<T>*>(partial), in, x, static_cast<T*>(c.grad_weight), static_cast<T*>(c.grad_bias)));
 }
 
 template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<Walk> walk_plan(const Call& c) {
@@ -1543,8 +1543,8 @@ template <class T, int V, int M> Outcome launch_walk(const Call& c) {
   return {};
 }
 
-// Tiles of `toeplitz` whose rows begin at multiples of 16 bytes.
-bool aligned_tiles(const Call& c) { return in_vectors(c, 16) && (c.p.channels_last ? c.p.C % 8 : c.p.padding_w) == 0; }
+// Whether the tiles of tensor cores are aligned.
+bool aligned_tiles(const Call& c) { return alignment(c) >= 16 && (c.p.channels_last ? c.p.C % 8 : c.p.padding_w) == 0; }
 
 Plan<Toeplitz> toeplitz_plan(const Call& c) {
   const Problem& p = c.p;
@@ -1686,6 +1686,7 @@ template <class T> Outcome launch_bulk(const Call& c) {
 }
 }  // namespace
 
+// Launchers by type; walk_3: up to 3 taps, vectors of 16 bytes; walk_4: vectors of 4 numbers.
 using Attempt = Outcome(const Call&);
 Attempt bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
     walk_3_f32, walk_3_f16, walk_3_bf16, walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
@@ -1695,7 +1696,7 @@ Attempt bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16
 const char* launch(const Call& c) {
   const Problem& p = c.p;
   const bool f64 = p.type == Type::f64, f32 = p.type == Type::f32, half = !f64 && !f32, last = p.channels_last, back = c.transposed;
-  const bool lined_up = in_vectors(c, 16), dense = p.stride_h == 1 && p.stride_w == 1;
+  const bool aligned = alignment(c) >= 16, dense = p.stride_h == 1 && p.stride_w == 1;
   const int size = size_of(p.type), capability = current_device().capability;
   // The bulk copy engine takes contiguous planes as stretches of memory. Tensor cores take tiles: a third at least is to be used.
   const bool stretches = capability >= 9 && dense && p.dilation == 1 && !last;
@@ -1706,15 +1707,15 @@ const char* launch(const Call& c) {
   Attempt* const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
       {f64, walk_f64},
-      {stretches && half && !lined_up && p.K <= 16, bulk},
+      {stretches && half && !aligned && p.K <= 16, bulk},
       {stretches && half && back && p.K <= 3, bulk},
-      {stretches && f32 && back && (!lined_up || p.H * p.W < 4096), bulk},
-      {stretches && f32 && !back && !lined_up && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
+      {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
+      {stretches && f32 && !back && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
       {tiles && half && last && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
       {tiles && half && !last && p.K > (aligned_tiles(c) && !back ? 3 : 2), by_type(nullptr, toeplitz_f16, toeplitz_bf16)},
       {tiles && f32 && !last && p.K > 21, toeplitz_f32},
-      {lined_up && p.K <= 3, by_type(walk_3_f32, walk_3_f16, walk_3_bf16)},
-      {in_vectors(c, 4 * size) && (f32 || last), by_type(walk_4_f32, walk_4_f16, walk_4_bf16)},
+      {aligned && p.K <= 3, by_type(walk_3_f32, walk_3_f16, walk_3_bf16)},
+      {alignment(c) >= 4 * size && (f32 || last), by_type(walk_4_f32, walk_4_f16, walk_4_bf16)},
       {true, by_type(walk_1_f32, walk_1_f16, walk_1_bf16)},
   };
   for (const auto& [holds, attempt] : table)
@@ -1724,6 +1725,11 @@ const char* launch(const Call& c) {
 }
 
 Outcome walk_f64(const Call& c) { return launch_walk<double, 1, 7>(c); }
+Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
+// ---- end of a part ----
+Outcome bulk_f16(const Call& c) { return launch_bulk<__half>(c); }
+Outcome bulk_bf16(const Call& c) { return launch_bulk<__nv_bfloat16>(c); }
+// ---- end of a part ----
 Outcome walk_3_f32(const Call& c) { return launch_walk<float, 4, 3>(c); }
 Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4, 7>(c); }
 Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1, 7>(c); }
@@ -1744,7 +1750,3 @@ Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<__nv_bfloat16>(c);
 // ---- end of a part ----
 Outcome toeplitz_last_f16(const Call& c) { return launch_toeplitz_last<__half>(c); }
 Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<__nv_bfloat16>(c); }
-// ---- end of a part ----
-Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
-Outcome bulk_f16(const Call& c) { return launch_bulk<__half>(c); }
-Outcome bulk_bf16(const Call& c) { return launch_bulk<__nv_bfloat16>(c); }
