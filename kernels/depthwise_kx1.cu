@@ -1742,11 +1742,9 @@ Outcome walk_3_bf16(const Call& c) { return launch_walk<__nv_bfloat16, 8, 3>(c);
 Outcome walk_4_bf16(const Call& c) { return launch_walk<__nv_bfloat16, 4, 7>(c); }
 Outcome walk_1_bf16(const Call& c) { return launch_walk<__nv_bfloat16, 1, 7>(c); }
 // ---- end of a part ----
-Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
-// ---- end of a part ----
 Outcome toeplitz_f16(const Call& c) { return launch_toeplitz<__half>(c); }
-// ---- end of a part ----
 Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<__nv_bfloat16>(c); }
 // ---- end of a part ----
+Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
 Outcome toeplitz_last_f16(const Call& c) { return launch_toeplitz_last<__half>(c); }
 Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<__nv_bfloat16>(c); }
