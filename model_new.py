@@ -170,7 +170,7 @@ def _load():
         return ops
     cuda_home, cuda_version, architectures, missing = _plan_cuda()
     cflags = ["-O3", f"-DDEPTHWISE_KX1_NAMESPACE={namespace}"] + ["-DWITH_CUDA"] * bool(cuda_home)
-    cuda_flags = ["-std=c++20", "-Xcompiler=-O1", "--split-compile=0", *architectures]
+    cuda_flags = ["-std=c++20", "-Xcompiler=-O1", *architectures]
     root = os.path.abspath(os.environ.get("TORCH_EXTENSIONS_DIR") or _user_cache_dir("torch_extensions"))
     library = os.path.join(root, namespace + "_" + _digest(
         torch.__version__, torch.version.git_version, torch.version.cuda, sys.implementation.cache_tag, os.uname().machine,

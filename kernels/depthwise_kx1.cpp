@@ -12,12 +12,17 @@ struct Problem {
   bool channels_last;
 };
 
-// CUDA launchers (kernels/depthwise_kx1.cu): asynchronous on `stream` of the current device; return nullptr or what went wrong.
-// A null pointer is a tensor that is absent (bias) or not asked for (gradients); weight may be null if grad_input is, x if grad_weight is.
-const char* launch_forward(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream);
-// Weight and bias gradients need `scratch`, called at most once, for `bytes` of memory until the stream has passed.
-const char* launch_backward(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input,
-                            void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream);
+// A call of the CUDA kernels (kernels/depthwise_kx1.cu), on `stream` of the current device. Forward: in is x, out y. Transposed: in is
+// grad_output, out grad_input. A null pointer is a tensor that is absent (bias) or not asked for (gradients); weight is null if out is, x if grad_weight is.
+struct Call {
+  Problem p;
+  bool transposed;
+  const void *in, *x, *weight, *bias;
+  void *out, *grad_weight, *grad_bias;
+  void* (*scratch)(size_t bytes, void* context);  // called at most once, for gradients of weight and bias: memory until the stream has passed
+  void *context, *stream;
+};
+const char* launch(const Call&);  // asynchronous; null or what went wrong
 
 // CPU kernels
 void cpu_forward(const Problem&, const void* x, const void* weight, const void* bias, void* y);
@@ -832,7 +837,7 @@ struct OnCUDA {
     return at::detail::empty_cuda(size, type, guard.current_device(), format);
   }
   void forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y) {
-    done(launch_forward(p, x, weight, bias, y, stream));
+    done(launch({.p = p, .in = x, .weight = weight, .bias = bias, .out = y, .stream = stream}));
   }
   void backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_x, void* grad_weight, void* grad_bias) {
     const auto allocate = [](size_t bytes, void* self) {
@@ -840,7 +845,7 @@ struct OnCUDA {
       on.scratch = on.empty({int64_t(bytes)}, at::kByte, MemoryFormat::Contiguous);
       return on.scratch.mutable_data_ptr();
     };
-    done(launch_backward(p, grad_output, x, weight, grad_x, grad_weight, grad_bias, allocate, this, stream));
+    done(launch({p, true, grad_output, x, weight, nullptr, grad_x, grad_weight, grad_bias, allocate, this, stream}));
   }
   static void done(const char* error) { require(!error, "depthwise_kx1: ", error ? error : ""); }
   c10::cuda::CUDAGuard guard;

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -88,16 +90,22 @@ __device__ uint32_t bits(int lo, int hi) {
   return hi <= lo ? 0 : ~0u >> (32 - (hi - lo)) << lo;
 }
 
-// How a launch walks its planes. Forward: out is y, in is x. Transposed (input gradient): out is grad_input, in is
-// grad_output. Rows of out one `out_step` apart meet the same taps in rows of in one `in_step` apart, whatever stride s
-// and dilation d are: with g = gcd(s, d), L = s d / g, a forward step is d / g rows of y and L rows of x, and every
-// (s / g)-th tap shares them. So one loop, acc[r] += weight[m] * in[r + m], serves all strides, dilations and both passes.
-struct Walk {
+// Forward: out is y, in is x. Transposed (input gradient): out is grad_input, in is grad_output, taps are reversed; for the other
+// gradients, x * grad_output is summed for each tap, and grad_output.
+struct Pass {
   Problem p;
-  bool has_bias_sum;
-  int in_rows, in_width, out_rows, out_width;      // planes of in and out, in rows and pixels
-  uint32_t in_columns, out_columns;                // numbers in their rows
-  int64_t in_plane, out_plane;                     // numbers in their planes
+  int K, C;
+  bool reversed, has_dots, has_bias_sum;
+  int in_rows, in_width, out_rows, out_width;  // planes of in and out, in rows and pixels
+  uint32_t in_columns, out_columns;            // numbers in their rows: of all channels if channels_last
+  int64_t in_plane, out_plane;                 // numbers in them
+  int row_shift, column_shift;                 // row and column of in that tap 0 takes to row and column 0 of out, at stride 1
+};
+
+// How a launch walks its planes. Rows of out one `out_step` apart meet the same taps in rows of in one `in_step` apart, whatever stride
+// s and dilation d are: with g = gcd(s, d), L = s d / g, a forward step is d / g rows of y and L rows of x, and every
+// (s / g)-th tap shares them. So one loop, acc[r] += weight[m] * in[r + m], serves all strides, dilations and both passes.
+struct Walk : Pass {
   int row_begin, pixel_begin, pixel_end;           // what is walked of out: beyond its own where a bias gradient wants that
   Divisor pixel, channels;                         // numbers in a pixel: C if channels_last, else 1; C
   Divisor in_step, out_step;
@@ -266,186 +274,6 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
   }
 }
 
-// Sums the blocks' partial sums in fixed order, a warp for each weight and bias.
-template <class T, int V, bool ChannelsLast>
-__global__ void reduce(const Walk a, const Sum<T>* __restrict__ partial, T* __restrict__ grad_weight, T* __restrict__ grad_bias) {
-  const int64_t c = blockIdx.x, column_tiles = a.column_tiles.divisor;
-  const int columns = V << a.log2_tx, dots = a.dot_end - a.dot_begin, channels = ChannelsLast ? int(min(a.p.C, int64_t(columns))) : 1;
-  // The slices that hold channel c: for contiguous its own, else one for each pixel of a row, or all.
-  const int64_t count = (ChannelsLast && a.p.C >= columns ? a.pixel_end - a.pixel_begin : column_tiles) * a.splits;
-  for (int i = threadIdx.x / 32; i <= dots; i += blockDim.x / 32) {
-    Sum<T> sum = 0;
-    for (int64_t n = threadIdx.x % 32; n < count; n += 32) {
-      int64_t slice = n / a.splits, at = 0;
-      if (!ChannelsLast) slice += c * column_tiles;
-      else if (a.p.C >= columns) at = (slice * a.p.C + c) % columns, slice = (slice * a.p.C + c) / columns;
-      else at = ((c - slice * columns) % a.p.C + a.p.C) % a.p.C;
-      sum += partial[((slice * a.splits + n % a.splits) * (dots + 1) + i) * channels + at];
-    }
-    for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-    if (threadIdx.x % 32 == 0 && i < dots && grad_weight) grad_weight[c * a.p.K + a.dot_begin + i] = narrow<T>(sum);
-    if (threadIdx.x % 32 == 0 && i == dots && a.has_bias_sum) grad_bias[c] = narrow<T>(sum);
-  }
-}
-
-struct Device { int multiprocessors, shared_bytes, shared_per_multiprocessor, capability; };
-const Device& current_device() {  // asked of the driver once: it takes microseconds to answer
-  static const std::vector<Device> devices = [] {
-    int count = 0;
-    cudaGetDeviceCount(&count);
-    std::vector<Device> all(count);
-    for (int i = 0; i < count; ++i) {
-      cudaDeviceGetAttribute(&all[i].multiprocessors, cudaDevAttrMultiProcessorCount, i);
-      cudaDeviceGetAttribute(&all[i].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, i);
-      cudaDeviceGetAttribute(&all[i].shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, i);
-      cudaDeviceGetAttribute(&all[i].capability, cudaDevAttrComputeCapabilityMajor, i);
-    }
-    return all;
-  }();
-  int current = 0;
-  cudaGetDevice(&current);
-  return devices[current];
-}
-
-// Blocks for each of `slices`, to which its `tiles` are dealt: so many that whole waves of blocks that run at once take the fewest
-// tiles one after the other; to begin and end a block takes as long as `extra` tiles.
-int deal(int64_t slices, int64_t tiles, int64_t blocks_per_multiprocessor, int64_t extra) {
-  const int64_t at_once = std::max<int64_t>(blocks_per_multiprocessor, 1) * current_device().multiprocessors;
-  int best = 1;
-  for (int64_t splits = 1, least = INT64_MAX; splits <= std::min(tiles, ceil_div(8 * at_once, slices)); ++splits) {
-    const int64_t cost = ceil_div(slices * splits, at_once) * (ceil_div(tiles, splits) + extra);
-    if (cost < least) least = cost, best = splits;
-  }
-  return best;
-}
-
-// One launch of `walk`: a, with blocks of `threads` that use `shared` bytes; `partial` numbers of scratch.
-struct Plan {
-  Walk a;
-  bool fits;  // in the kernels' 32-bit indices of planes, rows and columns
-  int threads;
-  size_t shared, partial;
-};
-
-template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan plan(const Problem& p, bool has_weight, bool has_dots, bool has_bias_sum) {
-  const int64_t s = p.stride_h, d = p.dilation, g = std::gcd(s, d);
-  Plan plan{};
-  Walk& a = plan.a;
-  a.p = p, a.has_bias_sum = has_bias_sum;
-  a.in_rows = Gradient ? p.H_out : p.H, a.in_width = Gradient ? p.W_out : p.W;
-  a.out_rows = Gradient ? p.H : p.H_out, a.out_width = Gradient ? p.W : p.W_out;
-  int64_t row_end = a.out_rows;
-  a.pixel_end = a.out_width;
-  if (has_bias_sum) {  // all rows that grad_output meets by tap 0
-    a.row_begin = -p.padding_h, row_end = std::max<int64_t>(p.H, (p.H_out - 1) * s - p.padding_h + 1);
-    a.pixel_begin = -p.padding_w, a.pixel_end = std::max(p.W, (p.W_out - 1) * p.stride_w - p.padding_w + 1);
-  }
-  a.pixel = p.channels_last ? p.C : 1, a.channels = p.C;
-  const int64_t in_step = Gradient ? d / g : s * d / g, out_step = Gradient ? s * d / g : d / g;
-  a.in_step = in_step, a.out_step = out_step, a.taps_step = s / g;
-  a.in_columns = a.in_width * a.pixel.divisor, a.in_plane = int64_t(a.in_columns) * a.in_rows;
-  a.out_columns = a.out_width * a.pixel.divisor, a.out_plane = int64_t(a.out_columns) * a.out_rows;
-  const int64_t rows = row_end - a.row_begin, most = current_device().shared_bytes;
-  const int64_t vectors = (a.pixel_end - a.pixel_begin) * a.pixel.divisor / V, planes = p.channels_last ? p.N : p.N * p.C;
-  const int64_t groups_per_residue = ceil_div(ceil_div(rows, out_step), R), groups = std::min(out_step, rows) * groups_per_residue;
-  a.groups_per_residue = groups_per_residue, a.groups = groups;
-  a.plane_step = Gradient && !p.channels_last ? p.C : 1;
-  const int64_t lines = planes / a.plane_step * groups, widest = std::max(p.W, p.W_out) * a.pixel.divisor * std::max(in_step, out_step);
-  a.lines = lines;
-  plan.fits = std::max({lines, p.H + 2 * p.padding_h, planes}) < 1 << 30 && widest * (R + 8) < 1ll << 32 && std::max(p.W, p.W_out) * a.pixel.divisor < 1 << 30;
-
-  while (a.log2_tx < (V == 1 && sizeof(T) > 2 ? 6 : 5) && (1 << a.log2_tx) < vectors) ++a.log2_tx;
-  const bool staged = p.channels_last && has_weight;
-  while (staged && a.log2_tx && (p.K * sizeof(T) * V << a.log2_tx) > most / 4) --a.log2_tx;
-  const size_t weights = staged ? ((p.K * sizeof(T) * V << a.log2_tx) + 15) / 16 * 16 : 0;
-  const size_t sums = Gradient ? sizeof(Sum<T>) * (p.channels_last ? V : 1) : 0;  // bytes for each thread and tap
-  plan.threads = p.channels_last ? 256 : 128, a.dot_end = Gradient && !has_dots ? 0 : p.K;
-  while (Gradient && plan.threads > std::max(32, 1 << a.log2_tx) && weights + sums * plan.threads * (a.dot_end + 1) > most / 3) plan.threads /= 2;
-  if (Gradient) a.dot_end = std::min<int64_t>(a.dot_end, (most - weights) / (sums * plan.threads) - 1);
-  plan.shared = weights + sums * plan.threads * (a.dot_end + 1);
-
-  const int64_t column_tiles = ceil_div(vectors, 1 << a.log2_tx), slices = column_tiles * a.plane_step;
-  a.column_tiles = column_tiles, a.slices = slices;
-  const int64_t tiles = ceil_div(a.lines, plan.threads >> a.log2_tx);
-  if (!ChannelsLast && !Gradient) a.splits = ceil_div(tiles, ceil_div(tiles * slices, 128 * current_device().multiprocessors));  // these blocks cost nothing
-  else {
-    int resident = 1;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, walk<T, V, R, M, ChannelsLast, Gradient>, plan.threads, plan.shared);
-    a.splits = deal(slices, tiles, resident, Gradient ? 4 : 0);
-  }
-  plan.partial = !Gradient ? 0 : slices * a.splits * (a.dot_end + 1) * (p.channels_last ? std::min<int64_t>(p.C, V << a.log2_tx) : 1);
-  return plan;
-}
-
-// Whether rows of x and y fall into vectors of V numbers alike.
-template <class T, int V> bool vectors(const Problem& p, std::initializer_list<const void*> pointers) {
-  const int64_t pixel = p.channels_last ? p.C : 1;
-  bool fits = p.stride_w == 1 || pixel % V == 0;
-  for (int64_t columns : {p.W * pixel, p.W_out * pixel, p.padding_w * pixel}) fits = fits && columns % V == 0;
-  for (const void* at : pointers) fits = fits && reinterpret_cast<uintptr_t>(at) % (sizeof(T) * V) == 0;
-  return fits;
-}
-
-const char* check(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
-template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient>
-const char* launch(const Plan& plan, const T* in, const T* x, const T* weight, const T* bias, T* out, void* partial, cudaStream_t stream) {
-  const auto kernel = walk<T, V, R, M, ChannelsLast, Gradient>;
-  if (!plan.fits) return "more than 2^30 planes or rows, or rows too wide, for 32-bit indices";
-  if (plan.shared > 48 << 10)
-    if (const char* error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)))) return error;
-  kernel<<<plan.a.slices.divisor * plan.a.splits, plan.threads, plan.shared, stream>>>(plan.a, in, x, weight, bias, out, static_cast<Sum<T>*>(partial));
-  return check(cudaGetLastError());
-}
-
-template <class T, int V, int R, int M, bool ChannelsLast>
-const char* backward(const Problem& p, const T* grad_output, const T* x, const T* weight, T* grad_input, T* grad_weight, T* grad_bias,
-                     void* (*scratch)(size_t, void*), void* context, cudaStream_t stream) {
-  Plan plan = ::plan<T, V, R, M, ChannelsLast, true>(p, weight, grad_weight, grad_bias);
-  void* const partial = plan.fits && (grad_weight || grad_bias) ? scratch(plan.partial * sizeof(Sum<T>), context) : nullptr;
-  const int all = grad_weight ? p.K : 0, dots = plan.a.dot_end;
-  do {
-    plan.a.dot_end = std::min(all, plan.a.dot_begin + dots);
-    if (const char* error = launch<T, V, R, M, ChannelsLast, true>(plan, grad_output, x, weight, nullptr, grad_input, partial, stream)) return error;
-    if (partial)
-      reduce<T, V, ChannelsLast><<<p.C, 256, 0, stream>>>(plan.a, static_cast<const Sum<T>*>(partial), grad_weight, grad_bias);
-    plan.a.has_bias_sum = false, grad_input = nullptr, plan.a.dot_begin += dots;
-  } while (plan.a.dot_begin < all);
-  return check(cudaGetLastError());
-}
-
-// Calls f<V, R, M, ChannelsLast>() with the variant for p.
-template <class T, bool Gradient, class F> auto choose(const Problem& p, std::initializer_list<const void*> pointers, F&& f) {
-  constexpr int widest = 16 / sizeof(T);
-  const auto layout = [&]<int V, int R, int M, int R_last = R>() {
-    return p.channels_last ? f.template operator()<V, R_last, M, true>() : f.template operator()<V, R, M, false>();
-  };
-  if constexpr (sizeof(T) == 8) return f.template operator()<1, 8, 7, false>();  // never channels_last here, as in nn.Conv2d
-  else {
-    if (p.K <= 3 && vectors<T, widest>(p, pointers)) return layout.template operator()<widest, (Gradient ? sizeof(T) == 2 ? 16 : 24 : 32) / widest, 3, (Gradient ? 16 : 32) / widest>();
-    if (vectors<T, 4>(p, pointers)) {
-      if constexpr (sizeof(T) > 2) return layout.template operator()<4, Gradient ? 5 : 7, 7, Gradient ? 4 : 8>();
-      else if (p.channels_last) return f.template operator()<4, Gradient ? 4 : 8, 7, true>();
-    }
-    return layout.template operator()<1, 16, 7>();
-  }
-}
-
-template <class T> const char* walk_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
-  return choose<T, false>(p, {x, y}, [&]<int V, int R, int M, bool ChannelsLast>() {
-    return launch<T, V, R, M, ChannelsLast, false>(plan<T, V, R, M, ChannelsLast, false>(p, true, false, false), (const T*)x, (const T*)nullptr,
-                                                   (const T*)weight, (const T*)bias, (T*)y, nullptr, cudaStream_t(stream));
-  });
-}
-
-template <class T> const char* walk_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
-                                             void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
-  return choose<T, true>(p, {grad_output, x, grad_input}, [&]<int V, int R, int M, bool ChannelsLast>() {
-    return backward<T, V, R, M, ChannelsLast>(p, (const T*)grad_output, (const T*)x, (const T*)weight, (T*)grad_input, (T*)grad_weight,
-                                              (T*)grad_bias, scratch, context, cudaStream_t(stream));
-  });
-}
-
 // 16 bytes from global to shared memory, of which `bytes` count; asynchronous from compute capability 8.0 on.
 __device__ void copy_async(void* to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 800
@@ -494,13 +322,10 @@ template <class T> constexpr int strip = strip_bytes / sizeof(T);
 constexpr int pixels = 8;  // of a strip in channels_last
 constexpr int resident_blocks(bool gradient, bool aligned, int size) { return gradient ? 2 : aligned && size == 2 ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
 
-struct Toeplitz {
-  int K, tiles, C;
-  bool reversed, has_dots, has_bias_sum, in_even, x_even, out_even;  // even: strips' rows begin at multiples of 4 bytes
-  int in_rows, in_width, out_rows, out_width;
-  int64_t in_plane, out_plane;           // numbers
+struct Toeplitz : Pass {
+  int tiles;
+  bool in_even, x_even, out_even;        // strips' rows begin at multiples of 4 bytes
   int64_t in_row, out_row;               // numbers from a row to the next of its residue class, in channels_last
-  int row_shift, column_shift;           // row and column of in that tap 0 takes to row and column 0 of out
   int column_begin, advance, last_column;  // of the strips, in out: where the first and the last begin, and from one to the next
   Divisor dilation, strips;              // strips: of a plane
   int lines;                             // strips of all planes of a channel
@@ -533,196 +358,6 @@ __device__ int next_steps(const Toeplitz& a, int& at, int& next, int end) {
   return steps;
 }
 
-// Sums the blocks' partial sums in fixed order, a warp for each weight and bias; from the definition where that gives NaN.
-template <class T> __global__ void toeplitz_reduce(const __grid_constant__ Toeplitz a, const __grid_constant__ Problem p, const float* partial,
-                                                   const T* __restrict__ grad_output, const T* __restrict__ x, T* __restrict__ grad_weight, T* __restrict__ grad_bias) {
-  const int c = blockIdx.x, lane = threadIdx.x % 32;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-  for (int k = threadIdx.x / 32; k <= a.K; k += blockDim.x / 32) {
-    float sum = 0;
-    const auto add_lanes = [&] { for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o); };
-    for (int i = lane; i < a.splits; i += 32) sum += partial[(int64_t(c) * a.splits + i) * (a.K + 1) + k];
-    add_lanes();
-    if (k < a.K && a.has_dots && isnan(sum)) {
-      sum = 0;
-      for (int64_t n = 0; n < p.N; ++n)
-        for (int64_t i = 0; i < p.H_out; ++i) {
-          const int64_t row = i - p.padding_h + k * p.dilation;
-          const auto place = [&](int64_t H, int64_t W, int64_t h, int64_t w) { return p.channels_last ? ((n * H + h) * W + w) * p.C + c : ((n * p.C + c) * H + h) * W + w; };
-          if (row < 0 || row >= p.H) continue;
-          for (int64_t w = lane; w < p.W; w += 32)
-            sum += widen(grad_output[place(p.H_out, p.W_out, i, w + p.padding_w)]) * widen(x[place(p.H, p.W, row, w)]);
-        }
-      add_lanes();
-    }
-    if (lane == 0 && k < a.K && grad_weight) grad_weight[int64_t(c) * a.K + k] = narrow<T>(sum);
-    if (lane == 0 && k == a.K && grad_bias) grad_bias[c] = narrow<T>(sum);
-  }
-}
-
-struct ToeplitzPlan {
-  Toeplitz a;
-  bool aligned, applies;
-  int threads;
-  size_t shared, partial;
-};
-
-inline ToeplitzPlan toeplitz_plan(const Problem& p, bool transposed, bool has_dots, bool has_bias_sum, const void* in, const void* x, const void* out) {
-  ToeplitzPlan plan{};
-  Toeplitz& a = plan.a;
-  const Device& device = current_device();
-  const bool gradient = has_dots || has_bias_sum, last = p.channels_last;
-  const int size = p.type == Type::f32 ? 4 : 2, strip = last ? pixels : strip_bytes / size, overlap = last ? 0 : ::overlap;
-  plan.aligned = last ? p.C % 8 == 0 : p.padding_w == 0 && p.W * size % 16 == 0;
-  for (const void* at : {in, x, out}) plan.aligned = plan.aligned && reinterpret_cast<uintptr_t>(at) % 16 == 0;
-  // 32-bit indices of strips, columns and rows; all of grad_output is met by some row of x.
-  plan.applies = p.type != Type::f64 && p.stride_h == 1 && p.stride_w == 1 && device.capability >= 8 && (plan.aligned || (!last && size == 2)) && !(last && size == 4) &&
-                 std::max({p.C * p.N * ceil_div(p.W_out, strip - overlap), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation}) < 1 << 28 &&
-                 (!has_bias_sum || (p.padding_h <= (p.K - 1) * p.dilation && p.H >= p.dilation));
-  // Where it pays, by measurement.
-  const int64_t H = ceil_div(transposed ? p.H : p.H_out, p.dilation);
-  const int64_t few = size == 4 ? 21 : last ? transposed && p.dilation == 1 ? 3 : 7 : plan.aligned && !transposed ? 3 : 2;
-  plan.applies = plan.applies && p.K > few && 3 * p.W * H > round_up(p.W, strip) * round_up(H, step);
-  if (!plan.applies) return plan;
-  a.K = p.K, a.tiles = (p.K + 14) / 16 + 1, a.C = p.C;
-  a.reversed = transposed, a.has_dots = has_dots, a.has_bias_sum = has_bias_sum;
-  a.in_rows = transposed ? p.H_out : p.H, a.in_width = transposed ? p.W_out : p.W;
-  a.out_rows = transposed ? p.H : p.H_out, a.out_width = transposed ? p.W : p.W_out;
-  a.in_plane = int64_t(a.in_rows) * a.in_width, a.out_plane = int64_t(a.out_rows) * a.out_width;
-  a.in_row = int64_t(a.in_width) * p.C * p.dilation, a.out_row = int64_t(a.out_width) * p.C * p.dilation;
-  a.row_shift = transposed ? p.padding_h - (p.K - 1) * p.dilation : -p.padding_h;
-  a.column_shift = transposed ? p.padding_w : -p.padding_w;
-  a.column_begin = has_bias_sum ? -p.padding_w : 0;
-  const int64_t columns = has_bias_sum ? p.W_out : a.out_width;  // all columns of grad_output
-  a.dilation = p.dilation;
-  const auto multiples = [&](int bytes, const void* at, int column, int width) {
-    return (reinterpret_cast<uintptr_t>(at) + column * size) % bytes == 0 && width * size % bytes == 0;
-  };
-  a.in_even = multiples(4, in, a.column_begin + a.column_shift, a.in_width);
-  a.x_even = multiples(4, x, a.column_begin, a.out_width), a.out_even = multiples(4, out, a.column_begin, a.out_width);
-  a.advance = multiples(16, out, a.column_begin, a.out_width) ? strip : strip - overlap;
-  const int64_t strips = columns <= strip ? 1 : ceil_div(columns - (strip - a.advance), a.advance);
-  a.last_column = a.column_begin + (strips - 1) * a.advance;
-  const int64_t lines = p.N * strips, residues = std::min<int64_t>(p.dilation, a.out_rows);
-  a.strips = strips, a.lines = lines, a.residues = residues;
-
-  const auto pitch = [&](int64_t width) { return plan.aligned ? aligned_pitch : aligned_pitch + width * p.dilation * 2 % 16; };
-  a.in_pitch = pitch(a.in_width), a.x_pitch = a.out_pitch = pitch(a.out_width);
-  a.ring_pairs = a.tiles / 2 + 2;
-  a.x_offset = a.ring_pairs * step * a.in_pitch + 16;
-  a.dots_offset = a.x_offset + (has_dots ? step * a.x_pitch + 16 : 0);
-  a.out_offset = a.dots_offset + (has_dots ? a.tiles * 1024 : 0);
-  a.warp_bytes = round_up(a.out_offset + (plan.aligned ? 0 : 16 * a.out_pitch + 16), 16);
-  size_t table = (size == 4 ? 3 : 1) * 4 * (16 * a.tiles + 16);
-  if (last) {
-    a.ring_offset = (16 * a.tiles + 16) * 32, a.x_offset = a.ring_offset + a.ring_pairs * step * aligned_pitch, table = 0;
-    a.out_offset = a.x_offset + (has_dots ? 2 * step * aligned_pitch : 0);
-    a.warp_bytes = round_up(a.out_offset + (gradient ? step * aligned_pitch : 0), 128) + 32;
-  }
-  const auto shared = [&](int warps) { return table + warps * a.warp_bytes; };
-  // Warps of a strip, and those that registers have room for on a multiprocessor.
-  const int roles = last && has_dots ? 1 + a.tiles : 1, room = last ? gradient ? 16 : 12 : resident_blocks(gradient, plan.aligned, size) * 4;
-  const auto resident = [&](int warps) { return std::min<int64_t>(room / (warps * roles), device.shared_per_multiprocessor / (shared(warps) + 1024)); };
-  double most = 0;
-  for (int warps : {4, 2, 1}) {  // as many busy ones as registers and shared memory have room for; preferably 4, which read 512 bytes of a row (64 of a pixel if channels_last)
-    const int64_t all = p.C / 8, sets = last ? ceil_div(all, warps) : p.C, groups = last ? ceil_div(all, sets) : 1, side = warps / groups, strips = groups * side;
-    const double filled = double(lines) / round_up(lines, side) * (last ? double(all) / (sets * groups) : 1);
-    const double busy = shared(strips) > device.shared_bytes ? 0 : resident(strips) * strips * filled;
-    if (busy > (last ? 2 : 1.1) * most) most = busy, a.sets = sets, a.groups = groups, a.side = side;
-  }
-  if (!(plan.applies = most > 0)) return plan;
-  const int warps = a.groups * a.side;
-  plan.shared = shared(warps), plan.threads = 32 * warps * roles;
-
-  // Blocks get equal numbers of steps, whole strips if that is as fast: a band's first steps read rows of the steps before. Costs are in
-  // quarters of a step. More waves than needed: smaller blocks, which the device starts in the order of memory, share what they read of it.
-  const int64_t least = gradient || last ? 1 : plan.aligned ? 2 : 8, blocks = device.multiprocessors * resident(warps);
-  const int64_t steps = ceil_div(ceil_div(a.out_rows, p.dilation), step), all = ceil_div(lines, a.side) * residues * steps;
-  a.steps = steps, a.all = all;
-  int64_t best = INT64_MAX;
-  for (int64_t waves = least; waves <= 4 * least; ++waves) {
-    const int64_t share = ceil_div(all, std::clamp<int64_t>(blocks * waves / a.sets, 1, all));
-    for (int64_t each : {round_up(share, steps), share}) {
-      const int64_t splits = ceil_div(all, each), begun = each % steps ? 8 : 0;
-      const int64_t cost = ceil_div(a.sets * splits, blocks) * (4 * each + ceil_div(each, steps) * (a.tiles / 2) + begun + 4);
-      if (cost < best) best = cost, a.each = each, a.splits = splits;
-    }
-  }
-  plan.partial = sizeof(float) * p.C * a.splits * (p.K + 1);
-  return plan;
-}
-
-template <class T> using ToeplitzKernel = void (*)(Toeplitz, const T* in, const T* x, const T* weight, const T* bias, T* out, float* partial);
-
-template <class T>
-const char* toeplitz_launch(const ToeplitzPlan& plan, ToeplitzKernel<T> kernel, const void* in, const void* x, const void* weight, const void* bias,
-                            void* out, float* partial, void* stream) {
-  if (plan.shared > 48 << 10)
-    if (const char* error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)))) return error;
-  kernel<<<plan.a.sets * plan.a.splits, plan.threads, plan.shared, cudaStream_t(stream)>>>(plan.a, (const T*)in, (const T*)x, (const T*)weight, (const T*)bias, (T*)out, partial);
-  return check(cudaGetLastError());
-}
-
-// With gradients of weight and bias, if not null: `kernel` sums them per block.
-template <class T>
-const char* toeplitz_gradients(const ToeplitzPlan& plan, ToeplitzKernel<T> kernel, const Problem& p, const void* grad_output, const void* x, const void* weight,
-                               void* grad_input, void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
-  float* const partial = grad_weight || grad_bias ? static_cast<float*>(scratch(plan.partial, context)) : nullptr;
-  if (const char* error = toeplitz_launch<T>(plan, kernel, grad_output, x, weight, nullptr, grad_input, partial, stream)) return error;
-  if (!partial) return nullptr;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = p.C, config.blockDim = 256, config.stream = cudaStream_t(stream), config.attrs = &early;
-  config.numAttrs = current_device().capability >= 9;
-  return check(cudaLaunchKernelEx(&config, toeplitz_reduce<T>, plan.a, p, (const float*)partial, (const T*)grad_output, (const T*)x, (T*)grad_weight, (T*)grad_bias));
-}
-}  // namespace
-
-using TryForward = bool(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error);
-using TryBackward = bool(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
-                         void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error);
-// By the bulk copy engine and by tensor cores (_last: channels_last); false where that does not pay.
-TryForward bulk_forward, toeplitz_forward, toeplitz_forward_last;
-TryBackward bulk_backward, toeplitz_backward, toeplitz_backward_last;
-// As launch_forward and launch_backward, for 16-bit types by `walk`.
-const char* launch_forward_16(const Problem&, const void* x, const void* weight, const void* bias, void* y, void* stream);
-const char* launch_backward_16(const Problem&, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
-                               void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream);
-// ---- end of what is compiled with each of the following parts, side by side ----
-
-const char* launch_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
-  const char* error;
-  for (const auto attempt : {bulk_forward, toeplitz_forward, toeplitz_forward_last})
-    if (attempt(p, x, weight, bias, y, stream, error)) return error;
-  const auto launch = p.type == Type::f32 ? walk_forward<float> : p.type == Type::f64 ? walk_forward<double> : launch_forward_16;
-  return launch(p, x, weight, bias, y, stream);
-}
-
-const char* launch_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
-                            void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
-  const char* error;
-  for (const auto attempt : {bulk_backward, toeplitz_backward, toeplitz_backward_last})
-    if (attempt(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error)) return error;
-  const auto launch = p.type == Type::f32 ? walk_backward<float> : p.type == Type::f64 ? walk_backward<double> : launch_backward_16;
-  return launch(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
-}
-// ---- end of the part for 32 and 64 bits ----
-
-const char* launch_forward_16(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
-  return (p.type == Type::f16 ? walk_forward<__half> : walk_forward<__nv_bfloat16>)(p, x, weight, bias, y, stream);
-}
-
-const char* launch_backward_16(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
-                               void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream) {
-  const auto launch = p.type == Type::f16 ? walk_backward<__half> : walk_backward<__nv_bfloat16>;
-  return launch(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
-}
-// ---- end of the part for 16 bits ----
-
-namespace {
 // The taps of a channel as a banded Toeplitz matrix on tensor cores, for contiguous layout at stride 1.
 // Block b of 16 rows of out is sum_t A_t In_{b+t}, with A_t[r][c] = tap[16 t + c - r] and In_i the i-th 16 rows of in, t < tiles.
 // Forward: out is y, in is x. Transposed (input gradient): out is grad_input, in is grad_output, taps are reversed. The weight
@@ -1196,35 +831,6 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   }
 }
 
-}  // namespace
-
-bool toeplitz_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
-  if (p.channels_last) return false;
-  const ToeplitzPlan plan = toeplitz_plan(p, false, false, false, x, nullptr, y);
-  if (!plan.applies) return false;
-  const auto launch = [&]<class T> {
-    return toeplitz_launch<T>(plan, plan.aligned ? toeplitz<T, true, false> : toeplitz<T, sizeof(T) == 4, false>, x, nullptr, weight, bias, y, nullptr, stream);
-  };
-  error = p.type == Type::f32 ? launch.template operator()<float>() : p.type == Type::f16 ? launch.template operator()<__half>() : launch.template operator()<__nv_bfloat16>();
-  return true;
-}
-
-bool toeplitz_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
-                       void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
-  if (p.channels_last) return false;
-  const ToeplitzPlan plan = toeplitz_plan(p, true, grad_weight, grad_bias, grad_output, x, grad_input);
-  if (!plan.applies) return false;
-  const auto launch = [&]<class T> {
-    const auto kernel = !grad_weight && !grad_bias ? plan.aligned ? toeplitz<T, true, false> : toeplitz<T, sizeof(T) == 4, false>
-                        : plan.aligned ? toeplitz<T, true, true> : toeplitz<T, sizeof(T) == 4, true>;
-    return toeplitz_gradients<T>(plan, kernel, p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
-  };
-  error = p.type == Type::f32 ? launch.template operator()<float>() : p.type == Type::f16 ? launch.template operator()<__half>() : launch.template operator()<__nv_bfloat16>();
-  return true;
-}
-// ---- end of the part for contiguous layout on tensor cores ----
-
-namespace {
 // The words made of one number of each of two places, for 8 channels.
 __device__ void load_pairs(uint32_t (&to)[8], const unsigned char* first, const unsigned char* second) {
   const uint4 v = at<uint4>(first), w = at<uint4>(second);
@@ -1510,72 +1116,33 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     }
   }
 }
-}  // namespace
 
-bool toeplitz_forward_last(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
-  if (!p.channels_last) return false;
-  const ToeplitzPlan plan = toeplitz_plan(p, false, false, false, x, nullptr, y);
-  if (!plan.applies) return false;
-  error = p.type == Type::f16 ? toeplitz_launch<__half>(plan, toeplitz_last<__half, false>, x, nullptr, weight, bias, y, nullptr, stream)
-                              : toeplitz_launch<__nv_bfloat16>(plan, toeplitz_last<__nv_bfloat16, false>, x, nullptr, weight, bias, y, nullptr, stream);
-  return true;
-}
-
-bool toeplitz_backward_last(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input,
-                            void* grad_weight, void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
-  if (!p.channels_last) return false;
-  const ToeplitzPlan plan = toeplitz_plan(p, true, grad_weight, grad_bias, grad_output, x, grad_input);
-  if (!plan.applies) return false;
-  const auto launch = [&]<class T> {
-    const auto kernel = grad_weight || grad_bias ? toeplitz_last<T, true> : toeplitz_last<T, false>;
-    return toeplitz_gradients<T>(plan, kernel, p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream);
-  };
-  error = p.type == Type::f16 ? launch.template operator()<__half>() : launch.template operator()<__nv_bfloat16>();
-  return true;
-}
-// ---- end of the part for channels_last on tensor cores ----
-
-namespace {
 // Copies by the bulk copy engine (compute capability 9.0), between places that are alike modulo 16 bytes. Loads count on a barrier in
 // shared memory, on which all threads then wait for its phase.
 __device__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 __device__ void begin_barrier(uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier)) : "memory");
-#endif
 }
 __device__ void arrive(uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-#endif
 }
 __device__ void await(uint64_t* barrier, uint32_t phase) {
-#if __CUDA_ARCH__ >= 900
   asm volatile("{.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
-#endif
 }
 __device__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
-#endif
 }
 __device__ void bulk_store(void* to, const void* from, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes) : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-#endif
 }
 __device__ void await_stores_read() {  // their shared memory is free again
-#if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-#endif
 }
 __device__ void show_to_copy_engine() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
 }
 
 constexpr int bulk_threads = 256, bulk_slots = 2;
@@ -1596,12 +1163,8 @@ struct Chunk {
   int in_skipped, out_skipped, out_numbers;  // numbers before them in shared memory, modulo 16 bytes
 };
 
-struct Bulk {
-  int K, C;
-  bool reversed, has_dots, has_bias_sum;
-  int in_rows, in_width, out_rows, out_width;
-  int64_t in_plane, out_plane, in_numbers, out_numbers;  // of a plane, and of all
-  int row_shift, column_shift;           // row and column of in that tap 0 takes to row and column 0 of out
+struct Bulk : Pass {
+  int64_t in_numbers, out_numbers;       // of all planes
   int planes, log2_tx;                   // of a chunk, more than one if it holds them whole; threads for each
   int band_rows, chunks, splits;         // rows of out in a chunk; chunks of a slice, dealt to `splits` blocks
   Divisor slices, bands, columns;        // slices: of `planes` channels; bands of a plane; columns of out
@@ -1777,33 +1340,331 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
 #endif
 }
 
-struct BulkPlan {
-  Bulk a;
-  bool applies;
-  size_t shared, partial;
+// Where blocks leave their sums of x * grad_output, for each of `dots` taps, and of grad_output: [C][blocks of a channel][dots + 1];
+// of slices of columns in channels_last [slices][splits][dots + 1][channels of a slice].
+struct Sums {
+  int64_t blocks;       // that hold sums of a channel
+  int first_tap, dots;
+  int columns, splits;  // of a slice
+  bool repair;          // one that is NaN is to be made from the definition, at stride 1
 };
 
-template <class T, int R, int M, bool Gradient>
-BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const void* in, const void* x, const void* out) {
-  BulkPlan plan{};
+// Adds up the blocks' sums in fixed order, a warp for each weight and bias. `partial` is not __restrict__: blocks may still write it when this starts.
+template <class T>
+__global__ void __launch_bounds__(256, 4) reduce(const __grid_constant__ Problem p, const __grid_constant__ Sums s, const Sum<T>* partial,
+                       const T* __restrict__ grad_output, const T* __restrict__ x, T* __restrict__ grad_weight, T* __restrict__ grad_bias) {
+  const int lane = threadIdx.x % 32;
+  const int64_t c = blockIdx.x;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  for (int i = threadIdx.x / 32; i <= s.dots; i += blockDim.x / 32) {
+    const int k = s.first_tap + i;
+    Sum<T> sum = 0;
+    const auto add_lanes = [&] { for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o); };
+    if (!s.columns) {
+      for (int64_t n = lane; n < s.blocks; n += 32) sum += partial[(c * s.blocks + n) * (s.dots + 1) + i];
+    } else {
+      const int64_t channels = min(p.C, int64_t(s.columns));
+      for (int64_t n = lane; n < s.blocks; n += 32) {
+        int64_t slice = n / s.splits, at;  // that holds channel c: of one for each pixel of a row, or of all
+        if (p.C >= s.columns) at = (slice * p.C + c) % s.columns, slice = (slice * p.C + c) / s.columns;
+        else at = ((c - slice * s.columns) % p.C + p.C) % p.C;
+        sum += partial[((slice * s.splits + n % s.splits) * (s.dots + 1) + i) * channels + at];
+      }
+    }
+    add_lanes();
+    if (s.repair && i < s.dots && isnan(sum)) {
+      sum = 0;
+      for (int64_t n = 0; n < p.N; ++n)
+        for (int64_t h = 0; h < p.H_out; ++h) {
+          const int64_t row = h - p.padding_h + k * p.dilation;
+          const auto place = [&](int64_t H, int64_t W, int64_t h, int64_t w) { return p.channels_last ? ((n * H + h) * W + w) * p.C + c : ((n * p.C + c) * H + h) * W + w; };
+          if (row < 0 || row >= p.H) continue;
+          for (int64_t w = lane; w < p.W; w += 32)
+            sum += widen(grad_output[place(p.H_out, p.W_out, h, w + p.padding_w)]) * widen(x[place(p.H, p.W, row, w)]);
+        }
+      add_lanes();
+    }
+    if (lane == 0 && i < s.dots && grad_weight) grad_weight[c * p.K + k] = narrow<T>(sum);
+    if (lane == 0 && i == s.dots && grad_bias) grad_bias[c] = narrow<T>(sum);
+  }
+}
+
+// ---- Host ----
+struct Device { int multiprocessors, shared_bytes, shared_per_multiprocessor, capability; };
+const Device& current_device() {  // asked of the driver once: it takes microseconds to answer
+  static const std::vector<Device> devices = [] {
+    int count = 0;
+    cudaGetDeviceCount(&count);
+    std::vector<Device> all(count);
+    for (int i = 0; i < count; ++i) {
+      cudaDeviceGetAttribute(&all[i].multiprocessors, cudaDevAttrMultiProcessorCount, i);
+      cudaDeviceGetAttribute(&all[i].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, i);
+      cudaDeviceGetAttribute(&all[i].shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, i);
+      cudaDeviceGetAttribute(&all[i].capability, cudaDevAttrComputeCapabilityMajor, i);
+    }
+    return all;
+  }();
+  int current = 0;
+  cudaGetDevice(&current);
+  return devices[current];
+}
+
+// Blocks for each of `slices`, to which its `tiles` are dealt: so many that whole waves of blocks that run at once take the fewest
+// tiles one after the other; to begin and end a block takes as long as `extra` tiles.
+int deal(int64_t slices, int64_t tiles, int64_t blocks_per_multiprocessor, int64_t extra) {
+  const int64_t at_once = std::max<int64_t>(blocks_per_multiprocessor, 1) * current_device().multiprocessors;
+  int best = 1;
+  for (int64_t splits = 1, least = INT64_MAX; splits <= std::min(tiles, ceil_div(8 * at_once, slices)); ++splits) {
+    const int64_t cost = ceil_div(slices * splits, at_once) * (ceil_div(tiles, splits) + extra);
+    if (cost < least) least = cost, best = splits;
+  }
+  return best;
+}
+
+int size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
+// The largest power of two of bytes at whose multiples rows of all tensors begin, and columns that meet.
+uint64_t alignment(const Call& c) {
+  const Problem& p = c.p;
+  const uint64_t pixel = (p.channels_last ? p.C : 1) * size_of(p.type);
+  const auto at = [](const void* tensor) { return reinterpret_cast<uintptr_t>(tensor); };
+  const uint64_t any = p.W * pixel | p.W_out * pixel | p.padding_w * pixel | (p.stride_w > 1 ? pixel : 0) | at(c.in) | at(c.x) | at(c.out);
+  return any & -any;
+}
+
+Pass make_pass(const Call& c) {
+  const Problem& p = c.p;
+  Pass a{p, int(p.K), int(p.C), c.transposed, c.grad_weight != nullptr, c.grad_bias != nullptr, int(p.H), int(p.W), int(p.H_out), int(p.W_out)};
+  a.row_shift = -p.padding_h, a.column_shift = -p.padding_w;
+  if (c.transposed) {
+    std::swap(a.in_rows, a.out_rows), std::swap(a.in_width, a.out_width);
+    a.row_shift = p.padding_h - (p.K - 1) * p.dilation, a.column_shift = p.padding_w;
+  }
+  const int64_t pixel = p.channels_last ? p.C : 1;
+  a.in_columns = a.in_width * pixel, a.out_columns = a.out_width * pixel;
+  a.in_plane = int64_t(a.in_columns) * a.in_rows, a.out_plane = int64_t(a.out_columns) * a.out_rows;
+  return a;
+}
+
+// A launch of one of the kernels: A is Walk, Toeplitz or Bulk.
+template <class A> struct Plan {
+  A a;
+  bool applies;  // else the kernel cannot do it
+  int64_t blocks;
+  int threads;
+  size_t shared, numbers;  // bytes for a block; of all blocks' sums
+  Sums sums;
+};
+
+using Outcome = std::optional<const char*>;  // of an attempt: nothing if it does not apply, else what went wrong or null
+const char* check(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// Memory for the blocks' sums, if they are wanted.
+template <class T, class A> Sum<T>* make_room(const Plan<A>& plan, const Call& c) {
+  return c.grad_weight || c.grad_bias ? static_cast<Sum<T>*>(c.scratch(plan.numbers * sizeof(Sum<T>), c.context)) : nullptr;
+}
+
+// Launches the kernel; adds up the blocks' sums, if there are.
+template <class T, class A>
+const char* run(void (*kernel)(A, const T*, const T*, const T*, const T*, T*, Sum<T>*), const Plan<A>& plan, const Call& c, Sum<T>* partial) {
+  const auto in = static_cast<const T*>(c.in), x = static_cast<const T*>(c.x);
+  const auto stream = static_cast<cudaStream_t>(c.stream);
+  if (plan.shared > 48 << 10)
+    if (const char* error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)))) return error;
+  kernel<<<plan.blocks, plan.threads, plan.shared, stream>>>(plan.a, in, x, static_cast<const T*>(c.weight), static_cast<const T*>(c.bias), static_cast<T*>(c.out), partial);
+  if (const char* error = check(cudaGetLastError()); error || !partial) return error;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = c.p.C, config.blockDim = 256, config.stream = stream, config.attrs = &early, config.numAttrs = current_device().capability >= 9;
+  return check(cudaLaunchKernelEx(&config, reduce<T>, c.p, plan.sums, static_cast<const Sum<T>*>(partial), in, x, static_cast<T*>(c.grad_weight), static_cast<T*>(c.grad_bias)));
+}
+
+template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<Walk> walk_plan(const Call& c) {
+  const Problem& p = c.p;
+  const int64_t s = p.stride_h, d = p.dilation, g = std::gcd(s, d);
+  Plan<Walk> plan{{make_pass(c)}};
+  Walk& a = plan.a;
+  int64_t row_end = a.out_rows;
+  a.pixel_end = a.out_width;
+  if (a.has_bias_sum) {  // all rows that grad_output meets by tap 0
+    a.row_begin = -p.padding_h, row_end = std::max<int64_t>(p.H, (p.H_out - 1) * s - p.padding_h + 1);
+    a.pixel_begin = -p.padding_w, a.pixel_end = std::max(p.W, (p.W_out - 1) * p.stride_w - p.padding_w + 1);
+  }
+  a.pixel = ChannelsLast ? p.C : 1, a.channels = p.C;
+  const int64_t in_step = Gradient ? d / g : s * d / g, out_step = Gradient ? s * d / g : d / g;
+  a.in_step = in_step, a.out_step = out_step, a.taps_step = s / g;
+  const int64_t rows = row_end - a.row_begin, pixels = a.pixel_end - a.pixel_begin, vectors = pixels * a.pixel.divisor / V, planes = ChannelsLast ? p.N : p.N * p.C;
+  const int64_t groups_per_residue = ceil_div(ceil_div(rows, out_step), R), groups = std::min(out_step, rows) * groups_per_residue;
+  a.plane_step = Gradient && !ChannelsLast ? p.C : 1;
+  const int64_t lines = planes / a.plane_step * groups, widest = std::max(p.W, p.W_out) * a.pixel.divisor;
+  plan.applies = std::max({lines, p.H + 2 * p.padding_h, planes, widest}) < 1 << 30 && widest * std::max(in_step, out_step) * (R + 8) < 1ll << 32;
+  if (!plan.applies) return plan;
+  a.groups_per_residue = groups_per_residue, a.groups = groups, a.lines = lines;
+
+  const int64_t most = current_device().shared_bytes;
+  while (a.log2_tx < (V == 1 && sizeof(T) > 2 ? 6 : 5) && (1 << a.log2_tx) < vectors) ++a.log2_tx;
+  const bool staged = ChannelsLast && c.weight;
+  while (staged && a.log2_tx && (p.K * sizeof(T) * V << a.log2_tx) > most / 4) --a.log2_tx;
+  const size_t weights = staged ? round_up(p.K * sizeof(T) * V << a.log2_tx, 16) : 0;
+  const size_t sums = Gradient ? sizeof(Sum<T>) * (ChannelsLast ? V : 1) : 0;  // bytes for each thread and tap
+  plan.threads = ChannelsLast ? 256 : 128, a.dot_end = a.has_dots ? p.K : 0;
+  while (Gradient && plan.threads > std::max(32, 1 << a.log2_tx) && weights + sums * plan.threads * (a.dot_end + 1) > most / 3) plan.threads /= 2;
+  if (Gradient) a.dot_end = std::min<int64_t>(a.dot_end, (most - weights) / (sums * plan.threads) - 1);
+  plan.shared = weights + sums * plan.threads * (a.dot_end + 1);
+
+  const int64_t column_tiles = ceil_div(vectors, 1 << a.log2_tx), slices = column_tiles * a.plane_step, tiles = ceil_div(lines, plan.threads >> a.log2_tx);
+  a.column_tiles = column_tiles, a.slices = slices;
+  if (!ChannelsLast && !Gradient) a.splits = ceil_div(tiles, ceil_div(tiles * slices, 128 * current_device().multiprocessors));  // these blocks cost nothing
+  else {
+    int resident = 1;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, walk<T, V, R, M, ChannelsLast, Gradient>, plan.threads, plan.shared);
+    a.splits = deal(slices, tiles, resident, Gradient ? 4 : 0);
+  }
+  plan.blocks = slices * a.splits;
+  plan.sums.columns = ChannelsLast ? V << a.log2_tx : 0, plan.sums.splits = a.splits;
+  plan.sums.blocks = (ChannelsLast && p.C >= plan.sums.columns ? pixels : column_tiles) * a.splits;
+  plan.numbers = plan.blocks * (a.dot_end + 1) * (ChannelsLast ? std::min<int64_t>(p.C, plan.sums.columns) : 1);
+  return plan;
+}
+
+// R of `walk`, for which registers have room.
+constexpr int walk_rows(int size, int V, int M, bool channels_last, bool gradient) {
+  if (V == 1) return size == 8 ? 8 : 16;
+  if (M == 3) return (!gradient ? 32 : size == 2 || channels_last ? 16 : 24) / V;
+  return channels_last ? gradient ? 4 : 8 : gradient ? 5 : 7;
+}
+
+template <class T, int V, int M, bool ChannelsLast, bool Gradient> Outcome walk_by(Call c) {
+  constexpr int R = walk_rows(sizeof(T), V, M, ChannelsLast, Gradient);
+  Plan<Walk> plan = walk_plan<T, V, R, M, ChannelsLast, Gradient>(c);
+  Walk& a = plan.a;
+  if (!plan.applies) return "more than 2^30 planes or rows, or rows too wide, for 32-bit indices";
+  Sum<T>* const partial = make_room<T>(plan, c);
+  const int dots = a.has_dots ? a.K : 0, at_once = a.dot_end;
+  do {
+    a.dot_end = std::min(dots, a.dot_begin + at_once), plan.sums.first_tap = a.dot_begin, plan.sums.dots = a.dot_end - a.dot_begin;
+    if (const char* error = run<T>(walk<T, V, R, M, ChannelsLast, Gradient>, plan, c, partial)) return error;
+    a.has_bias_sum = false, c.out = nullptr, c.grad_bias = nullptr, a.dot_begin += at_once;
+  } while (a.dot_begin < dots);
+  return nullptr;
+}
+
+template <class T, int V, int M> Outcome launch_walk(const Call& c) {
+  if constexpr (sizeof(T) < 8) {
+    if (c.p.channels_last) return (c.transposed ? walk_by<T, V, M, true, true> : walk_by<T, V, M, true, false>)(c);
+  }
+  if constexpr (sizeof(T) > 2 || V != 4) return (c.transposed ? walk_by<T, V, M, false, true> : walk_by<T, V, M, false, false>)(c);
+  return {};
+}
+
+// Whether the tiles of tensor cores are aligned.
+bool aligned_tiles(const Call& c) { return alignment(c) >= 16 && (c.p.channels_last ? c.p.C % 8 : c.p.padding_w) == 0; }
+
+Plan<Toeplitz> toeplitz_plan(const Call& c) {
+  const Problem& p = c.p;
+  Plan<Toeplitz> plan{{make_pass(c)}};
+  Toeplitz& a = plan.a;
+  const Device& device = current_device();
+  const bool last = p.channels_last, gradient = a.has_dots || a.has_bias_sum, aligned = aligned_tiles(c);
+  const int size = size_of(p.type), strip = last ? pixels : strip_bytes / size, overlap = last ? 0 : ::overlap;
+  // 32-bit indices of strips, columns and rows; all of grad_output is met by some row of x.
+  plan.applies = (aligned || (!last && size == 2)) &&
+                 std::max({p.C * p.N * ceil_div(p.W_out, strip - overlap), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation}) < 1 << 28 &&
+                 (!a.has_bias_sum || (p.padding_h <= (p.K - 1) * p.dilation && p.H >= p.dilation));
+  if (!plan.applies) return plan;
+  a.tiles = (p.K + 14) / 16 + 1, a.dilation = p.dilation;
+  a.in_row = a.in_columns * p.dilation, a.out_row = a.out_columns * p.dilation;
+
+  a.column_begin = a.has_bias_sum ? -p.padding_w : 0;
+  const int64_t columns = a.has_bias_sum ? p.W_out : a.out_width;  // all columns of grad_output
+  const auto multiples = [&](int bytes, const void* at, int column, int width) {
+    return (reinterpret_cast<uintptr_t>(at) + column * size) % bytes == 0 && width * size % bytes == 0;
+  };
+  a.in_even = multiples(4, c.in, a.column_begin + a.column_shift, a.in_width);
+  a.x_even = multiples(4, c.x, a.column_begin, a.out_width), a.out_even = multiples(4, c.out, a.column_begin, a.out_width);
+  a.advance = multiples(16, c.out, a.column_begin, a.out_width) ? strip : strip - overlap;
+  const int64_t strips = columns <= strip ? 1 : ceil_div(columns - (strip - a.advance), a.advance);
+  a.last_column = a.column_begin + (strips - 1) * a.advance;
+  const int64_t lines = p.N * strips, residues = std::min<int64_t>(p.dilation, a.out_rows);
+  a.strips = strips, a.lines = lines, a.residues = residues;
+
+  // Shared memory of a block and of each warp, warps of a strip, and those that registers have room for on a multiprocessor.
+  int table = 0, roles = 1, room;
+  a.ring_pairs = a.tiles / 2 + 2;
+  if (last) {
+    constexpr int pair = step * aligned_pitch;
+    a.ring_offset = (16 * a.tiles + 16) * 32, a.x_offset = a.ring_offset + a.ring_pairs * pair, a.out_offset = a.x_offset + (a.has_dots ? 2 * pair : 0);
+    a.warp_bytes = round_up(a.out_offset + (gradient ? pair : 0), 128) + 32;
+    roles += a.has_dots ? a.tiles : 0, room = gradient ? 16 : 12;
+  } else {
+    const auto pitch = [&](int64_t width) { return aligned ? aligned_pitch : aligned_pitch + width * p.dilation * 2 % 16; };
+    a.in_pitch = pitch(a.in_width), a.x_pitch = a.out_pitch = pitch(a.out_width);
+    a.x_offset = a.ring_pairs * step * a.in_pitch + 16, a.dots_offset = a.x_offset + (a.has_dots ? step * a.x_pitch + 16 : 0);
+    a.out_offset = a.dots_offset + (a.has_dots ? a.tiles * 1024 : 0), a.warp_bytes = round_up(a.out_offset + (aligned ? 0 : 16 * a.out_pitch + 16), 16);
+    table = (size == 4 ? 3 : 1) * 4 * (16 * a.tiles + 16), room = resident_blocks(gradient, aligned, size) * 4;
+  }
+  const auto shared = [&](int warps) { return table + warps * a.warp_bytes; };
+  const auto resident = [&](int warps) { return std::min<int64_t>(room / (warps * roles), device.shared_per_multiprocessor / (shared(warps) + 1024)); };
+  // As many busy strips as registers and shared memory have room for; preferably 4 side by side, which read 512 bytes of a row (64 of a pixel
+  // if channels_last).
+  const int64_t channels = last ? p.C / 8 : p.C;  // of which a strip has one
+  double most = 0;
+  for (int warps : {4, 2, 1}) {
+    const int64_t sets = last ? ceil_div(channels, warps) : channels, groups = ceil_div(channels, sets), side = warps / groups, strips = groups * side;
+    const double filled = double(lines) / round_up(lines, side) * (double(channels) / (sets * groups));
+    const double busy = shared(strips) > device.shared_bytes ? 0 : resident(strips) * strips * filled;
+    if (busy > (last ? 2 : 1.1) * most) most = busy, a.sets = sets, a.groups = groups, a.side = side;
+  }
+  if (!(plan.applies = most > 0)) return plan;
+
+  // Blocks get equal numbers of steps, whole strips if that is as fast: a band's first steps read rows of the steps before. Costs are in
+  // quarters of a step. More waves than needed: smaller blocks, which the device starts in the order of memory, share what they read of it.
+  const int warps = a.groups * a.side;
+  const int64_t least = gradient || last ? 1 : aligned ? 2 : 8, blocks = device.multiprocessors * resident(warps);
+  const int64_t steps = ceil_div(ceil_div(a.out_rows, p.dilation), step), all = ceil_div(lines, a.side) * residues * steps;
+  a.steps = steps, a.all = all;
+  int64_t best = INT64_MAX;
+  for (int64_t waves = least; waves <= 4 * least; ++waves) {
+    const int64_t share = ceil_div(all, std::clamp<int64_t>(blocks * waves / a.sets, 1, all));
+    for (int64_t each : {round_up(share, steps), share}) {
+      const int64_t splits = ceil_div(all, each), begun = each % steps ? 8 : 0;
+      const int64_t cost = ceil_div(a.sets * splits, blocks) * (4 * each + ceil_div(each, steps) * (a.tiles / 2) + begun + 4);
+      if (cost < best) best = cost, a.each = each, a.splits = splits;
+    }
+  }
+  plan.blocks = int64_t(a.sets) * a.splits, plan.threads = 32 * warps * roles, plan.shared = shared(warps);
+  plan.sums = {.blocks = a.splits, .dots = a.K, .repair = true}, plan.numbers = p.C * a.splits * (p.K + 1);
+  return plan;
+}
+
+template <class T> Outcome launch_toeplitz(const Call& c) {
+  const Plan<Toeplitz> plan = toeplitz_plan(c);
+  if (!plan.applies) return {};
+  constexpr bool only_aligned = sizeof(T) == 4;
+  const bool aligned = aligned_tiles(c);
+  const auto kernel = c.grad_weight || c.grad_bias ? aligned ? toeplitz<T, true, true> : toeplitz<T, only_aligned, true>
+                                                   : aligned ? toeplitz<T, true, false> : toeplitz<T, only_aligned, false>;
+  return run<T>(kernel, plan, c, make_room<T>(plan, c));
+}
+
+template <class T> Outcome launch_toeplitz_last(const Call& c) {
+  const Plan<Toeplitz> plan = toeplitz_plan(c);
+  if (!plan.applies) return {};
+  return run<T>(c.grad_weight || c.grad_bias ? toeplitz_last<T, true> : toeplitz_last<T, false>, plan, c, make_room<T>(plan, c));
+}
+
+template <class T, int R, int M, bool Gradient> Plan<Bulk> bulk_plan(const Call& c) {
+  const Problem& p = c.p;
+  Plan<Bulk> plan{{make_pass(c)}};
   Bulk& a = plan.a;
   const Device& device = current_device();
-  plan.applies = device.capability >= 9 && !p.channels_last && p.stride_h == 1 && p.stride_w == 1 && p.dilation == 1 && p.K <= 64 && p.padding_h < p.K &&
-                 (!x || !out || (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(out)) % 16 == 0) &&
-                 std::max({p.H_out * p.W_out, p.H * p.W, p.N * p.C}) < 1 << 28;
-  // Where it pays, by measurement: rows that do not line up with 16 bytes, but for many taps of 16-bit numbers, and in float forward
-  // for widths that suit the tiles of `walk`; backward also small planes of float and up to 3 taps of 16-bit numbers.
-  const bool aligned = vectors<T, 16 / sizeof(T)>(p, {in, x, out});
-  if (sizeof(T) == 2) plan.applies = plan.applies && ((!aligned && p.K <= 16) || (Gradient && p.K <= 3));
-  else if (Gradient) plan.applies = plan.applies && (!aligned || p.H * p.W < 4096);
-  else plan.applies = plan.applies && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out);
+  plan.applies = p.K <= 64 && p.padding_h < p.K && std::max({p.H_out * p.W_out, p.H * p.W, p.N * p.C}) < 1 << 28 &&
+                 (!c.x || !c.out || (reinterpret_cast<uintptr_t>(c.x) - reinterpret_cast<uintptr_t>(c.out)) % 16 == 0);
   if (!plan.applies) return plan;
-  a.K = p.K, a.C = p.C, a.reversed = Gradient, a.has_dots = has_dots, a.has_bias_sum = has_bias_sum;
-  a.in_rows = Gradient ? p.H_out : p.H, a.in_width = Gradient ? p.W_out : p.W;
-  a.out_rows = Gradient ? p.H : p.H_out, a.out_width = Gradient ? p.W : p.W_out;
-  a.in_plane = int64_t(a.in_rows) * a.in_width, a.out_plane = int64_t(a.out_rows) * a.out_width;
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane;
-  a.row_shift = Gradient ? p.padding_h - (p.K - 1) : -p.padding_h, a.column_shift = Gradient ? p.padding_w : -p.padding_w;
   const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T), 16) + 16; };
   const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + std::min<int64_t>(rows + p.K - 1, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
@@ -1825,50 +1686,83 @@ BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const voi
   const int64_t blocks = std::min<int64_t>(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
   if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
   a.splits = deal(slices, a.chunks, blocks, 2);
-  plan.partial = sizeof(float) * p.C * a.splits * (p.K + 1);
+  plan.blocks = slices * a.splits, plan.threads = bulk_threads;
+  plan.sums = {.blocks = a.splits, .dots = a.K}, plan.numbers = p.C * a.splits * (p.K + 1);
   return plan;
 }
 
-template <class T, int R, int M, bool Gradient>
-const char* bulk_launch(const BulkPlan& plan, const void* in, const void* x, const void* weight, const void* bias, void* out, float* partial, cudaStream_t stream) {
-  const auto kernel = bulk<T, R, M, Gradient>;
-  if (plan.shared > 48 << 10)
-    if (const char* error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)))) return error;
-  kernel<<<plan.a.slices.divisor * plan.a.splits, bulk_threads, plan.shared, stream>>>(plan.a, (const T*)in, (const T*)x, (const T*)weight, (const T*)bias, (T*)out, partial);
-  return check(cudaGetLastError());
+template <class T, int M, bool Gradient> Outcome bulk_by(const Call& c) {
+  constexpr int R = 8;
+  const Plan<Bulk> plan = bulk_plan<T, R, M, Gradient>(c);
+  if (!plan.applies) return {};
+  return run<T>(bulk<T, R, M, Gradient>, plan, c, make_room<T>(plan, c));
 }
 
-template <class T, int R, int M> bool bulk_forward_by(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
-  const BulkPlan plan = bulk_plan<T, R, M, false>(p, false, false, x, nullptr, y);
-  if (plan.applies) error = bulk_launch<T, R, M, false>(plan, x, nullptr, weight, bias, y, nullptr, cudaStream_t(stream));
-  return plan.applies;
-}
-
-template <class T, int R, int M>
-bool bulk_backward_by(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight, void* grad_bias,
-                      void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
-  const BulkPlan plan = bulk_plan<T, R, M, true>(p, grad_weight, grad_bias, grad_output, grad_weight ? x : nullptr, grad_input);
-  if (!plan.applies) return false;
-  float* const partial = grad_weight || grad_bias ? static_cast<float*>(scratch(plan.partial, context)) : nullptr;
-  error = bulk_launch<T, R, M, true>(plan, grad_output, x, weight, nullptr, grad_input, partial, cudaStream_t(stream));
-  if (error || !partial) return true;
-  Walk a{};
-  a.p = p, a.column_tiles = 1, a.splits = plan.a.splits, a.dot_end = p.K, a.has_bias_sum = grad_bias;
-  reduce<T, 1, false><<<p.C, 256, 0, cudaStream_t(stream)>>>(a, partial, (T*)grad_weight, (T*)grad_bias);
-  error = check(cudaGetLastError());
-  return true;
+template <class T> Outcome launch_bulk(const Call& c) {
+  if (c.p.K <= 3) return (c.transposed ? bulk_by<T, 3, true> : bulk_by<T, 3, false>)(c);
+  return (c.transposed ? bulk_by<T, 7, true> : bulk_by<T, 7, false>)(c);
 }
 }  // namespace
 
-bool bulk_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
-  const auto by = [&]<class T> { return (p.K <= 3 ? bulk_forward_by<T, 8, 3> : bulk_forward_by<T, 8, 7>)(p, x, weight, bias, y, stream, error); };
-  return p.type == Type::f32 ? by.template operator()<float>() : p.type == Type::f16 ? by.template operator()<__half>() : p.type == Type::bf16 && by.template operator()<__nv_bfloat16>();
+// Launchers by type; walk_3: up to 3 taps, vectors of 16 bytes; walk_4: vectors of 4 numbers.
+using Attempt = Outcome(const Call&);
+Attempt bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
+    walk_3_f32, walk_3_f16, walk_3_bf16, walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
+// ---- end of what is compiled with each of the following parts, side by side ----
+
+// The choice of kernel: the first row that holds and whose kernel can. Where each pays is by measurement, on an H100.
+const char* launch(const Call& c) {
+  const Problem& p = c.p;
+  const bool f64 = p.type == Type::f64, f32 = p.type == Type::f32, half = !f64 && !f32, last = p.channels_last, back = c.transposed;
+  const bool aligned = alignment(c) >= 16, dense = p.stride_h == 1 && p.stride_w == 1;
+  const int size = size_of(p.type), capability = current_device().capability;
+  // The bulk copy engine takes contiguous planes as stretches of memory. Tensor cores take tiles: a third at least is to be used.
+  const bool stretches = capability >= 9 && dense && p.dilation == 1 && !last;
+  const int64_t H = ceil_div(back ? p.H : p.H_out, p.dilation), strip = last ? pixels : strip_bytes / size;
+  const bool tiles = capability >= 8 && dense && 3 * p.W * H > round_up(p.W, strip) * round_up(H, step);
+
+  const auto by_type = [&](Attempt* of_f32, Attempt* of_f16, Attempt* of_bf16) { return f32 ? of_f32 : p.type == Type::f16 ? of_f16 : of_bf16; };
+  Attempt* const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16);
+  const struct { bool holds; Attempt* attempt; } table[] = {
+      {f64, walk_f64},
+      {stretches && half && !aligned && p.K <= 16, bulk},
+      {stretches && half && back && p.K <= 3, bulk},
+      {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
+      {stretches && f32 && !back && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
+      {tiles && half && last && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
+      {tiles && half && !last && p.K > (aligned_tiles(c) && !back ? 3 : 2), by_type(nullptr, toeplitz_f16, toeplitz_bf16)},
+      {tiles && f32 && !last && p.K > 21, toeplitz_f32},
+      {aligned && p.K <= 3, by_type(walk_3_f32, walk_3_f16, walk_3_bf16)},
+      {alignment(c) >= 4 * size && (f32 || last), by_type(walk_4_f32, walk_4_f16, walk_4_bf16)},
+      {true, by_type(walk_1_f32, walk_1_f16, walk_1_bf16)},
+  };
+  for (const auto& [holds, attempt] : table)
+    if (holds)
+      if (const Outcome outcome = attempt(c)) return *outcome;
+  return "no kernel";  // not reached: the last row's always applies
 }
 
-bool bulk_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
-                   void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
-  const auto by = [&]<class T> {
-    return (p.K <= 3 ? bulk_backward_by<T, 8, 3> : bulk_backward_by<T, 8, 7>)(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error);
-  };
-  return p.type == Type::f32 ? by.template operator()<float>() : p.type == Type::f16 ? by.template operator()<__half>() : p.type == Type::bf16 && by.template operator()<__nv_bfloat16>();
-}
+Outcome walk_f64(const Call& c) { return launch_walk<double, 1, 7>(c); }
+Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
+// ---- end of a part ----
+Outcome bulk_f16(const Call& c) { return launch_bulk<__half>(c); }
+Outcome bulk_bf16(const Call& c) { return launch_bulk<__nv_bfloat16>(c); }
+// ---- end of a part ----
+Outcome walk_3_f32(const Call& c) { return launch_walk<float, 4, 3>(c); }
+Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4, 7>(c); }
+Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1, 7>(c); }
+// ---- end of a part ----
+Outcome walk_3_f16(const Call& c) { return launch_walk<__half, 8, 3>(c); }
+Outcome walk_4_f16(const Call& c) { return launch_walk<__half, 4, 7>(c); }
+Outcome walk_1_f16(const Call& c) { return launch_walk<__half, 1, 7>(c); }
+// ---- end of a part ----
+Outcome walk_3_bf16(const Call& c) { return launch_walk<__nv_bfloat16, 8, 3>(c); }
+Outcome walk_4_bf16(const Call& c) { return launch_walk<__nv_bfloat16, 4, 7>(c); }
+Outcome walk_1_bf16(const Call& c) { return launch_walk<__nv_bfloat16, 1, 7>(c); }
+// ---- end of a part ----
+Outcome toeplitz_f16(const Call& c) { return launch_toeplitz<__half>(c); }
+Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<__nv_bfloat16>(c); }
+// ---- end of a part ----
+Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
+Outcome toeplitz_last_f16(const Call& c) { return launch_toeplitz_last<__half>(c); }
+Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<__nv_bfloat16>(c); }
