@@ -1580,6 +1580,7 @@ struct Chunk {
   int in_row, in_rows, out_rows;         // of a plane: rows of in, the first by its distance from the row that tap 0 takes to the first of out
   int bias_row, bias_rows;               // of in, that the chunk adds to the gradient of the bias
   int in_skipped, out_skipped, out_numbers;  // numbers before them in shared memory, modulo 16 bytes
+  int in_width, out_width;               // here, for the compiler fetches a kernel's parameters anew for each row
 };
 
 struct Bulk {
@@ -1638,6 +1639,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     const int in_begin = max(in_first, 0), in_end = max(min(end + a.row_shift + K - 1, a.in_rows), in_begin);
     const int64_t in_at = first_plane * a.in_plane + int64_t(in_begin) * a.in_width;
     Chunk k;
+    k.in_width = a.in_width, k.out_width = a.out_width;
     k.out_at = first_plane * a.out_plane + int64_t(row) * a.out_width;
     k.in_row = in_begin - in_first, k.in_rows = in_end - in_begin, k.out_rows = end - row;
     k.bias_row = row ? max(in_first + K - 1 - in_begin, 0) : 0, k.bias_rows = k.in_rows - k.bias_row;
@@ -1655,6 +1657,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
   if (Gradient)
     for (int i = M; i < K; ++i) sums[(i - M) * bulk_threads] = 0;
   float dots[M] = {}, bias_sum = 0;
+  bool finite = true;  // the plane's taps
   for (int turn = 1 - bulk_slots; split + turn * a.splits < a.chunks; ++turn) {
     if (leads) {
       if (turn < 0) {
@@ -1665,6 +1668,10 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     }
     if (turn < 0) {
       __syncthreads();
+      float sum = 0;
+#pragma unroll 1
+      for (int i = 0; i < K; ++i) sum += 0 * taps[plane * K + i];
+      finite = sum == 0;
       continue;
     }
     const int slot = turn % bulk_slots;
@@ -1672,58 +1679,79 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     const Chunk& k = described[slot];
     const T* const in_slot = reinterpret_cast<const T*>(shared + a.slots_at + slot * a.slot_bytes) + k.in_skipped;
     T* const out_slot = reinterpret_cast<T*>(shared + a.slots_at + slot * a.slot_bytes + a.out_at) + k.out_skipped;
-    const int in_rows = k.in_rows, out_rows = k.out_rows, in_row = k.in_row, W = a.in_width, W_out = a.out_width;
+    const int in_rows = k.in_rows, out_rows = k.out_rows, in_row = k.in_row, W = k.in_width, W_out = k.out_width;
 #pragma unroll 1
     for (int item = plane < planes ? lane : a.items; item < a.items; item += tx) {
       int w, group = a.columns(item, w);
       const int row = group * R, first_row = row - in_row, rows_left = out_rows - row, in_w = w + a.column_shift;  // first_row: of in, for tap 0
       const bool reached = in_w >= 0 && in_w < W;
-      const T* from = in_slot + (plane * int(a.in_plane) + first_row * W + in_w);
+      const int rows_end = reached ? in_rows - first_row : 0, rows_begin = reached ? -first_row : 0;
+      const T* const first_from = in_slot + (plane * int(a.in_plane) + first_row * W + in_w);
       T* const to = out_slot + (plane * int(a.out_plane) + row * W_out + w);
+      const T* from = first_from;
       float acc[R], own[R], rows[R + M - 1];
 #pragma unroll
       for (int r = 0; r < R; ++r) acc[r] = initial;
-      // Guarded where rows lie beyond the plane: left out, not multiplied by zero, for weight or x may be infinite.
-      const auto make = [&]<bool guarded> {
-        const uint32_t mine = guarded ? bits(0, rows_left) : ~0u;
-        if (Gradient && a.has_dots) {
+      const auto make = [&]<bool inside> {  // inside: all rows lie in the plane
+        const uint32_t mine = bits(0, rows_left);
+        if (Gradient) {
 #pragma unroll
-          for (int r = 0; r < R; ++r) own[r] = !guarded || r < rows_left ? widen(to[r * W_out]) : 0;
+          for (int r = 0; r < R; ++r) own[r] = a.has_dots && (inside || mine >> r & 1) ? widen(to[r * W_out]) : 0;
         }
         const auto take = [&]<bool all>(int first) {  // M taps, or what is left
           const int count = all ? M : K - first;
-          const uint32_t valid = !guarded ? ~0u : reached ? bits(-first_row - first, min(in_rows - first_row - first, R + count - 1)) : 0;
+          const uint32_t valid = inside ? ~0u : bits(rows_begin - first, min(rows_end - first, R + count - 1));
+          const T* at = from;
 #pragma unroll
-          for (int t = 0; t < R + M - 1; ++t) {
-            if (guarded ? valid >> t & 1 : all || t < R || t < R + count - 1) rows[t] = widen(from[t * W]);
-          }
+          for (int t = 0; t < R + M - 1; ++t, at += W)
+            if (all || t < R || t < R + count - 1) rows[t] = inside || valid >> t & 1 ? widen(*at) : 0;
+          float dot[M] = {}, sum = 0;
 #pragma unroll
           for (int m = 0; m < M; ++m) {
             if (!all && m >= count) continue;
             const float tap = taps[plane * K + first + m];
-            const uint32_t both = valid >> m & mine;
-            float dot = 0;
 #pragma unroll
             for (int r = 0; r < R; ++r) {
-              if (guarded && !(both >> r & 1)) continue;
               acc[r] += tap * rows[r + m];
-              if (Gradient) dot += own[r] * rows[r + m];
+              if (Gradient) dot[m] += own[r] * rows[r + m];
             }
-            if (Gradient && first == 0) dots[m] += dot;
-            else if (Gradient) sums[(first - M + m) * bulk_threads] += dot;
+            sum += dot[m];
+          }
+          if (!Gradient) return;
+          if (!inside && isnan(sum)) {
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+              dot[m] = 0;
+#pragma unroll 1
+              for (int r = 0; r < min(R, rows_left); ++r)
+                if (valid >> (r + m) & 1) dot[m] += widen(to[r * W_out]) * widen(from[(r + m) * W]);
+            }
+          }
+#pragma unroll
+          for (int m = 0; m < M; ++m) {
+            if (!all && m >= count) continue;
+            if (first == 0) dots[m] += dot[m];
+            else sums[(first - M + m) * bulk_threads] += dot[m];
           }
         };
-        int first = 0;
-        for (; first + M <= K; first += M, from += M * W) take.template operator()<true>(first);
-        if (first < K) take.template operator()<false>(first);
-        if (out) {
+#pragma unroll 1
+        for (int first = 0; first < K; first += M, from += M * W) first + M <= K ? take.template operator()<true>(first) : take.template operator()<false>(first);
+        if (out && (inside || finite)) {
 #pragma unroll
           for (int r = 0; r < R; ++r)
-            if (!guarded || r < rows_left) to[r * W_out] = narrow<T>(acc[r]);
+            if (inside || mine >> r & 1) to[r * W_out] = narrow<T>(acc[r]);
+        } else if (out) {
+#pragma unroll 1
+          for (int r = 0; r < min(R, rows_left); ++r) {
+            float sum = initial;
+#pragma unroll 1
+            for (int k = max(rows_begin - r, 0); k < min(K, rows_end - r); ++k) sum += taps[plane * K + k] * widen(first_from[(r + k) * W]);
+            to[r * W_out] = narrow<T>(sum);
+          }
         }
       };
-      if (reached && first_row >= 0 && first_row + R + K - 1 <= in_rows && rows_left >= R) make.template operator()<false>();
-      else make.template operator()<true>();
+      if (reached && first_row >= 0 && first_row + R + K - 1 <= in_rows && rows_left >= R) make.template operator()<true>();
+      else make.template operator()<false>();
     }
     if (Gradient && a.has_bias_sum && plane < planes)
       for (int i = lane; i < k.bias_rows * W; i += tx) bias_sum += widen(in_slot[plane * int(a.in_plane) + k.bias_row * W + i]);
