@@ -1654,10 +1654,11 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
   };
 
   for (int i = threadIdx.x; i < planes * K; i += bulk_threads) taps[i] = weight ? widen(weight[int64_t(first_channel) * K + (a.reversed ? i / K * K + K - 1 - i % K : i)]) : 0;
-  if (Gradient)
+  if (Gradient && M)
     for (int i = M; i < K; ++i) sums[(i - M) * bulk_threads] = 0;
-  float dots[M] = {}, bias_sum = 0;
-  bool finite = true;  // the plane's taps
+  constexpr int held = M ? M : 2 * R - 1;
+  float dots[held] = {}, near[held], bias_sum = 0, taps_sum = 0;  // near: for M = 0, the tap by which row i meets row r, at i - r + R - 1
+  const auto finite = [](float sum) { return sum - sum == 0; };
   for (int turn = 1 - bulk_slots; split + turn * a.splits < a.chunks; ++turn) {
     if (leads) {
       if (turn < 0) {
@@ -1668,10 +1669,13 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     }
     if (turn < 0) {
       __syncthreads();
-      float sum = 0;
 #pragma unroll 1
-      for (int i = 0; i < K; ++i) sum += 0 * taps[plane * K + i];
-      finite = sum == 0;
+      for (int i = 0; i < K; ++i) taps_sum += taps[plane * K + i];
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        const int k = i - (R - 1) - a.row_shift;
+        if (M == 0) near[i] = k >= 0 && k < K ? taps[plane * K + k] : 0;
+      }
       continue;
     }
     const int slot = turn % bulk_slots;
@@ -1682,16 +1686,62 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     const int in_rows = k.in_rows, out_rows = k.out_rows, in_row = k.in_row, W = k.in_width, W_out = k.out_width;
 #pragma unroll 1
     for (int item = plane < planes ? lane : a.items; item < a.items; item += tx) {
-      int w, group = a.columns(item, w);
+      int w = item, group = 0;
+      if (M) group = a.columns(item, w);
       const int row = group * R, first_row = row - in_row, rows_left = out_rows - row, in_w = w + a.column_shift;  // first_row: of in, for tap 0
       const bool reached = in_w >= 0 && in_w < W;
       const int rows_end = reached ? in_rows - first_row : 0, rows_begin = reached ? -first_row : 0;
       const T* const first_from = in_slot + (plane * int(a.in_plane) + first_row * W + in_w);
       T* const to = out_slot + (plane * int(a.out_plane) + row * W_out + w);
       const T* from = first_from;
-      float acc[R], own[R], rows[R + M - 1];
+      float acc[R], own[R], rows[M ? R + M - 1 : R];
 #pragma unroll
       for (int r = 0; r < R; ++r) acc[r] = initial;
+      const auto define = [&] {
+#pragma unroll 1
+        for (int r = 0; r < min(R, rows_left); ++r) {
+          float sum = initial;
+#pragma unroll 1
+          for (int k = max(rows_begin - r, 0); k < min(K, rows_end - r); ++k) sum += taps[plane * K + k] * widen(first_from[(r + k) * W]);
+          to[r * W_out] = narrow<T>(sum);
+        }
+      };
+      if constexpr (M == 0) {
+        from -= first_row * W;
+        const auto make = [&]<bool inside> {  // inside: R rows
+          float sum = taps_sum;
+          const T *in_at = from, *x_at = to;
+#pragma unroll
+          for (int i = 0; i < R; ++i, in_at += W, x_at += W_out) {
+            sum += rows[i] = inside || (reached && i < in_rows) ? widen(*in_at) : 0;
+            if (Gradient) sum += own[i] = a.has_dots && (inside || i < out_rows) ? widen(*x_at) : 0;
+          }
+          if (!finite(sum)) return false;
+#pragma unroll
+          for (int i = 0; i < R; ++i)
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+              acc[r] += near[i - r + R - 1] * rows[i];
+              if (Gradient) dots[i - r + R - 1] += own[r] * rows[i];
+            }
+          if (out) {
+            T* out_at = to;
+#pragma unroll
+            for (int r = 0; r < R; ++r, out_at += W_out)
+              if (inside || r < out_rows) *out_at = narrow<T>(acc[r]);
+          }
+          return true;
+        };
+        if (reached && in_rows == R && out_rows == R ? make.template operator()<true>() : make.template operator()<false>()) continue;
+        if (Gradient && reached) {
+#pragma unroll
+          for (int n = 0; n < held; ++n) {
+#pragma unroll 1
+            for (int r = max(R - 1 - n, 0); r < min(out_rows, in_rows + R - 1 - n); ++r) dots[n] += widen(to[r * W_out]) * widen(from[(r + n - (R - 1)) * W]);
+          }
+        }
+        if (out) define();
+      } else {
       const auto make = [&]<bool inside> {  // inside: all rows lie in the plane
         const uint32_t mine = bits(0, rows_left);
         if (Gradient) {
@@ -1736,22 +1786,15 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
         };
 #pragma unroll 1
         for (int first = 0; first < K; first += M, from += M * W) first + M <= K ? take.template operator()<true>(first) : take.template operator()<false>(first);
-        if (out && (inside || finite)) {
+        if (out && (inside || finite(taps_sum))) {
 #pragma unroll
           for (int r = 0; r < R; ++r)
             if (inside || mine >> r & 1) to[r * W_out] = narrow<T>(acc[r]);
-        } else if (out) {
-#pragma unroll 1
-          for (int r = 0; r < min(R, rows_left); ++r) {
-            float sum = initial;
-#pragma unroll 1
-            for (int k = max(rows_begin - r, 0); k < min(K, rows_end - r); ++k) sum += taps[plane * K + k] * widen(first_from[(r + k) * W]);
-            to[r * W_out] = narrow<T>(sum);
-          }
-        }
+        } else if (out) define();
       };
       if (reached && first_row >= 0 && first_row + R + K - 1 <= in_rows && rows_left >= R) make.template operator()<true>();
       else make.template operator()<false>();
+      }
     }
     if (Gradient && a.has_bias_sum && plane < planes)
       for (int i = lane; i < k.bias_rows * W; i += tx) bias_sum += widen(in_slot[plane * int(a.in_plane) + k.bias_row * W + i]);
@@ -1773,11 +1816,11 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     float* const all = reinterpret_cast<float*>(shared + a.slots_at);
     const int width = min(tx, 32);
     for (int i = 0; i <= K; ++i) {
-      float sum = bias_sum;
+      float sum = i == K ? bias_sum : 0;
 #pragma unroll
-      for (int m = 0; m < M; ++m)
-        if (i == m && m < K) sum = dots[m];
-      if (i >= M && i < K) sum = sums[(i - M) * bulk_threads];
+      for (int m = 0; m < held; ++m)
+        if (i < K && m == (M ? i : i + R - 1 + a.row_shift)) sum = dots[m];
+      if (M && i >= M && i < K) sum = sums[(i - M) * bulk_threads];
       for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
       if (lane % width == 0) all[i * bulk_threads + threadIdx.x] = sum;
     }
@@ -1805,6 +1848,7 @@ BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const voi
   plan.applies = device.capability >= 9 && !p.channels_last && p.stride_h == 1 && p.stride_w == 1 && p.dilation == 1 && p.K <= 64 && p.padding_h < p.K &&
                  (!x || !out || (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(out)) % 16 == 0) &&
                  std::max({p.H_out * p.W_out, p.H * p.W, p.N * p.C}) < 1 << 28;
+  if (M == 0) plan.applies = plan.applies && std::max(p.H, p.H_out) <= R;
   // Where it pays, by measurement: rows that do not line up with 16 bytes, but for many taps of 16-bit numbers, and in float forward
   // for widths that suit the tiles of `walk`; backward also small planes of float and up to 3 taps of 16-bit numbers.
   const bool aligned = vectors<T, 16 / sizeof(T)>(p, {in, x, out});
@@ -1822,7 +1866,7 @@ BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const voi
   const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + std::min<int64_t>(rows + p.K - 1, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
   // As many rows or planes as leave room for the blocks that registers have room for.
-  const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(Gradient) - 2048 - (Gradient ? sizeof(float) * std::max<int64_t>(p.K - M, 0) * bulk_threads : 0)) / bulk_slots;
+  const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(Gradient) - 2048 - (Gradient ? sizeof(float) * (M ? std::max<int64_t>(p.K - M, 0) : 0) * bulk_threads : 0)) / bulk_slots;
   int64_t band_rows = a.out_rows, planes = 1;
   for (int64_t bands = 2; slot_bytes(1, band_rows) > room && band_rows > R; ++bands) band_rows = round_up(ceil_div(a.out_rows, bands), R);
   a.columns = a.out_width, a.items = ceil_div(band_rows, R) * a.out_width;
@@ -1833,7 +1877,7 @@ BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const voi
   a.planes = planes, a.band_rows = band_rows, a.bands = bands, a.chunks = p.N * bands, a.slices = slices;
   while (planes << a.log2_tx < bulk_threads) ++a.log2_tx;
   a.sums_at = round_up(sizeof(float) * planes * p.K, 16);
-  a.slots_at = a.sums_at + (Gradient ? sizeof(float) * std::max<int64_t>(p.K - M, 0) * bulk_threads : 0);
+  a.slots_at = a.sums_at + (Gradient ? sizeof(float) * (M ? std::max<int64_t>(p.K - M, 0) : 0) * bulk_threads : 0);
   a.out_at = in_bytes(planes, band_rows), a.slot_bytes = slot_bytes(planes, band_rows);
   plan.shared = a.slots_at + std::max<int64_t>(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
   const int64_t blocks = std::min<int64_t>(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
@@ -1875,14 +1919,14 @@ bool bulk_backward_by(const Problem& p, const void* grad_output, const void* x, 
 }  // namespace
 
 bool bulk_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
-  const auto by = [&]<class T> { return (p.K <= 3 ? bulk_forward_by<T, 8, 3> : bulk_forward_by<T, 8, 7>)(p, x, weight, bias, y, stream, error); };
+  const auto by = [&]<class T> { return (p.K <= 3 ? bulk_forward_by<T, 8, 3> : std::max(p.H, p.H_out) <= 7 ? bulk_forward_by<T, 7, 0> : bulk_forward_by<T, 8, 7>)(p, x, weight, bias, y, stream, error); };
   return p.type == Type::f32 ? by.template operator()<float>() : p.type == Type::f16 ? by.template operator()<__half>() : p.type == Type::bf16 && by.template operator()<__nv_bfloat16>();
 }
 
 bool bulk_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
                    void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
   const auto by = [&]<class T> {
-    return (p.K <= 3 ? bulk_backward_by<T, 8, 3> : bulk_backward_by<T, 8, 7>)(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error);
+    return (p.K <= 3 ? bulk_backward_by<T, 8, 3> : std::max(p.H, p.H_out) <= 7 ? bulk_backward_by<T, 7, 0> : bulk_backward_by<T, 8, 7>)(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error);
   };
   return p.type == Type::f32 ? by.template operator()<float>() : p.type == Type::f16 ? by.template operator()<__half>() : p.type == Type::bf16 && by.template operator()<__nv_bfloat16>();
 }
