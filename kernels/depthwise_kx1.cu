@@ -1628,13 +1628,15 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
   const bool manages = threadIdx.x / 32 == bulk_threads / 32 - 1, leads = threadIdx.x == bulk_threads - 32;
   int slice;
   const int split = a.slices(blockIdx.x, slice), first_channel = slice * a.planes, planes = min(a.planes, a.C - first_channel);
+  const int each = a.chunks / a.splits, more = a.chunks % a.splits;  // chunks that follow one another: L2 still has the rows that bands share
+  const int begin = split * each + min(split, more), count = each + (split < more);
   const float initial = !Gradient && bias && plane < planes ? widen(bias[first_channel + plane]) : 0;
 
   const auto load_chunk = [&](int turn) {
-    const int index = split + turn * a.splits, slot = turn % bulk_slots;
-    if (index >= a.chunks) return;
+    const int slot = turn % bulk_slots;
+    if (turn >= count) return;
     int band;
-    const int64_t first_plane = int64_t(a.bands(index, band)) * a.C + first_channel;
+    const int64_t first_plane = int64_t(a.bands(begin + turn, band)) * a.C + first_channel;
     const int row = band * a.band_rows, end = min(row + a.band_rows, a.out_rows), in_first = row + a.row_shift;
     const int in_begin = max(in_first, 0), in_end = max(min(end + a.row_shift + K - 1, a.in_rows), in_begin);
     const int64_t in_at = first_plane * a.in_plane + int64_t(in_begin) * a.in_width;
@@ -1659,7 +1661,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
   constexpr int held = M ? M : 2 * R - 1;
   float dots[held] = {}, near[held], bias_sum = 0, taps_sum = 0;  // near: for M = 0, the tap by which row i meets row r, at i - r + R - 1
   const auto finite = [](float sum) { return sum - sum == 0; };
-  for (int turn = 1 - bulk_slots; split + turn * a.splits < a.chunks; ++turn) {
+  for (int turn = 1 - bulk_slots; turn < count; ++turn) {
     if (leads) {
       if (turn < 0) {
         for (int i = 0; i < bulk_slots; ++i) begin_barrier(barriers + i);
