@@ -1884,7 +1884,9 @@ BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const voi
   plan.shared = a.slots_at + std::max<int64_t>(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
   const int64_t blocks = std::min<int64_t>(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
   if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
-  a.splits = deal(slices, a.chunks, blocks, 2);
+  // Of the splits that take as long the most: they fill the multiprocessors evenly.
+  const int64_t at_once = blocks * device.multiprocessors;
+  a.splits = std::min<int64_t>(a.chunks, ceil_div(slices * deal(slices, a.chunks, blocks, 2), at_once) * at_once / slices);
   plan.partial = sizeof(float) * p.C * a.splits * (p.K + 1);
   return plan;
 }
