@@ -1593,6 +1593,8 @@ struct Bulk {
   int band_rows, chunks, splits;         // rows of out in a chunk; chunks of a slice, dealt to `splits` blocks
   Divisor slices, bands, columns;        // slices: of `planes` channels; bands of a plane; columns of out
   int items;                             // groups of R rows of a column, of a plane in a chunk
+  Divisor step;                          // stride_h
+  int stride_w;
   int sums_at, slots_at, out_at, slot_bytes;  // in shared memory
 };
 
@@ -1614,7 +1616,7 @@ template <class T> __device__ void load_numbers(T* to, const T* from, int skippe
 // While a block works on a chunk, the next is under way. A thread makes R rows of a column of its plane at once, by M taps at a time.
 // Registers: R sums, R + M - 1 rows of in, R of x, M weight gradients. Shared memory: the taps, weight gradients beyond M, and slots of a
 // stretch of in and one of out, where x lies before.
-template <class T, int R, int M, bool Gradient>
+template <class T, int R, int M, bool Gradient, bool Strided>
 __global__ void __launch_bounds__(bulk_threads, bulk_blocks(Gradient))
 bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
      T* __restrict__ out, float* __restrict__ partial) {
@@ -1637,14 +1639,17 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     if (turn >= count) return;
     int band;
     const int64_t first_plane = int64_t(a.bands(begin + turn, band)) * a.C + first_channel;
-    const int row = band * a.band_rows, end = min(row + a.band_rows, a.out_rows), in_first = row + a.row_shift;
-    const int in_begin = max(in_first, 0), in_end = max(min(end + a.row_shift + K - 1, a.in_rows), in_begin);
+    const int row = band * a.band_rows, end = min(row + a.band_rows, a.out_rows);
+    // From what row on tap 0 reaches, and up to where the last tap does, in rows of in.
+    const auto reach = [&](int row) { return !Strided ? row + a.row_shift : Gradient ? a.step.steps(row + a.row_shift) : row * int(a.step.divisor) + a.row_shift; };
+    const auto limit = [&](int end) { return Strided && Gradient ? a.step.over(end - 1 + a.row_shift + K - 1) + 1 : reach(end - 1) + K; };
+    const int in_first = reach(row), in_begin = max(in_first, 0), in_end = max(min(limit(end), a.in_rows), in_begin);
     const int64_t in_at = first_plane * a.in_plane + int64_t(in_begin) * a.in_width;
     Chunk k;
     k.in_width = a.in_width, k.out_width = a.out_width;
     k.out_at = first_plane * a.out_plane + int64_t(row) * a.out_width;
-    k.in_row = in_begin - in_first, k.in_rows = in_end - in_begin, k.out_rows = end - row;
-    k.bias_row = row ? max(in_first + K - 1 - in_begin, 0) : 0, k.bias_rows = k.in_rows - k.bias_row;
+    k.in_row = in_begin - (Strided && Gradient ? a.step.over(row) : in_first), k.in_rows = in_end - in_begin, k.out_rows = end - row;
+    k.bias_row = row ? max(limit(row) - in_begin, 0) : 0, k.bias_rows = k.in_rows - k.bias_row;
     k.out_numbers = (planes - 1) * int(a.out_plane) + k.out_rows * a.out_width;
     const auto skipped = [](const T* at) { return int(reinterpret_cast<uintptr_t>(at) % 16 / sizeof(T)); };
     k.in_skipped = skipped(in + in_at), k.out_skipped = skipped((Gradient && a.has_dots ? x : out) + k.out_at);
@@ -1656,8 +1661,9 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
   };
 
   for (int i = threadIdx.x; i < planes * K; i += bulk_threads) taps[i] = weight ? widen(weight[int64_t(first_channel) * K + (a.reversed ? i / K * K + K - 1 - i % K : i)]) : 0;
+  constexpr int in_registers = Strided ? 0 : M;  // weight gradients
   if (Gradient && M)
-    for (int i = M; i < K; ++i) sums[(i - M) * bulk_threads] = 0;
+    for (int i = in_registers; i < K; ++i) sums[(i - in_registers) * bulk_threads] = 0;
   constexpr int held = M ? M : 2 * R - 1;
   float dots[held] = {}, near[held], bias_sum = 0, taps_sum = 0;  // near: for M = 0, the tap by which row i meets row r, at i - r + R - 1
   const auto finite = [](float sum) { return sum - sum == 0; };
@@ -1688,14 +1694,24 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     const int in_rows = k.in_rows, out_rows = k.out_rows, in_row = k.in_row, W = k.in_width, W_out = k.out_width;
 #pragma unroll 1
     for (int item = plane < planes ? lane : a.items; item < a.items; item += tx) {
-      int w = item, group = 0;
+      int w = item, group = 0, residue = 0, tap = 0, tap_count = K;
       if (M) group = a.columns(item, w);
-      const int row = group * R, first_row = row - in_row, rows_left = out_rows - row, in_w = w + a.column_shift;  // first_row: of in, for tap 0
+      if (Strided && Gradient) group = a.step(group, residue);
+      const int stride = Strided ? int(a.step.divisor) : 1, in_step = Gradient ? 1 : stride, out_step = Gradient ? stride : 1;
+      const int row = group * R * out_step + residue, rows_here = Strided && Gradient ? a.step.steps(out_rows - row) : out_rows - row;
+      int first_row = row * in_step - in_row, in_w = w + a.column_shift;  // of in, for tap 0
+      if (Strided && !Gradient) in_w = w * a.stride_w + a.column_shift;
+      if (Strided && Gradient) {  // only every stride-th tap reaches
+        in_w = w, w = w * a.stride_w - a.column_shift;
+        const int i = a.step(row + a.row_shift + K - 1, tap);
+        tap_count = a.step.steps(K - tap), tap = K - 1 - tap - (tap_count - 1) * stride;
+        first_row = i - (tap_count - 1) - in_row;
+      }
+      const int rows_left = Strided && Gradient && (w < 0 || w >= W_out) ? 0 : rows_here;
       const bool reached = in_w >= 0 && in_w < W;
-      const int rows_end = reached ? in_rows - first_row : 0, rows_begin = reached ? -first_row : 0;
       const T* const first_from = in_slot + (plane * int(a.in_plane) + first_row * W + in_w);
       T* const to = out_slot + (plane * int(a.out_plane) + row * W_out + w);
-      const T* from = first_from;
+      const int in_pitch = W * in_step, out_pitch = W_out * out_step;
       float acc[R], own[R], rows[M ? R + M - 1 : R];
 #pragma unroll
       for (int r = 0; r < R; ++r) acc[r] = initial;
@@ -1704,12 +1720,15 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
         for (int r = 0; r < min(R, rows_left); ++r) {
           float sum = initial;
 #pragma unroll 1
-          for (int k = max(rows_begin - r, 0); k < min(K, rows_end - r); ++k) sum += taps[plane * K + k] * widen(first_from[(r + k) * W]);
-          to[r * W_out] = narrow<T>(sum);
+          for (int k = 0; k < tap_count; ++k) {
+            const int i = first_row + r * in_step + k;
+            if (reached && i >= 0 && i < in_rows) sum += taps[plane * K + tap + (Gradient ? k * stride : k)] * widen(first_from[(r * in_step + k) * W]);
+          }
+          to[r * out_pitch] = narrow<T>(sum);
         }
       };
       if constexpr (M == 0) {
-        from -= first_row * W;
+        const T* const from = first_from - first_row * W;
         const auto make = [&]<bool inside> {  // inside: R rows
           float sum = taps_sum;
           const T *in_at = from, *x_at = to;
@@ -1748,20 +1767,25 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
         const uint32_t mine = bits(0, rows_left);
         if (Gradient) {
 #pragma unroll
-          for (int r = 0; r < R; ++r) own[r] = a.has_dots && (inside || mine >> r & 1) ? widen(to[r * W_out]) : 0;
+          for (int r = 0; r < R; ++r) own[r] = a.has_dots && (inside || mine >> r & 1) ? widen(to[r * out_pitch]) : 0;
         }
-        const auto take = [&]<bool all>(int first) {  // M taps, or what is left
-          const int count = all ? M : K - first;
-          const uint32_t valid = inside ? ~0u : bits(rows_begin - first, min(rows_end - first, R + count - 1));
+        // M taps one stride apart from tap `first` on, of `count` that are left, which read rows one in_step apart from `row` on.
+        const auto take = [&]<bool all>(int first, int row, int count) {
+          const T* const from = first_from + (row - first_row) * W;
+          uint32_t valid = ~0u;
+          if (!inside) {
+            const int begin = Strided && !Gradient ? a.step.steps(-row) : -row, end = Strided && !Gradient ? a.step.steps(in_rows - row) : in_rows - row;
+            valid = reached ? bits(begin, min(end, R + (all ? M : count) - 1)) : 0;
+          }
           const T* at = from;
 #pragma unroll
-          for (int t = 0; t < R + M - 1; ++t, at += W)
+          for (int t = 0; t < R + M - 1; ++t, at += in_pitch)
             if (all || t < R || t < R + count - 1) rows[t] = inside || valid >> t & 1 ? widen(*at) : 0;
           float dot[M] = {}, sum = 0;
 #pragma unroll
           for (int m = 0; m < M; ++m) {
             if (!all && m >= count) continue;
-            const float tap = taps[plane * K + first + m];
+            const float tap = taps[plane * K + first + m * stride];
 #pragma unroll
             for (int r = 0; r < R; ++r) {
               acc[r] += tap * rows[r + m];
@@ -1776,25 +1800,36 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
               dot[m] = 0;
 #pragma unroll 1
               for (int r = 0; r < min(R, rows_left); ++r)
-                if (valid >> (r + m) & 1) dot[m] += widen(to[r * W_out]) * widen(from[(r + m) * W]);
+                if (valid >> (r + m) & 1) dot[m] += widen(to[r * out_pitch]) * widen(from[(r + m) * W]);
             }
           }
 #pragma unroll
           for (int m = 0; m < M; ++m) {
             if (!all && m >= count) continue;
-            if (first == 0) dots[m] += dot[m];
-            else sums[(first - M + m) * bulk_threads] += dot[m];
+            if (!Strided && first == 0) dots[m] += dot[m];
+            else sums[(first + m * stride - in_registers) * bulk_threads] += dot[m];
           }
         };
 #pragma unroll 1
-        for (int first = 0; first < K; first += M, from += M * W) first + M <= K ? take.template operator()<true>(first) : take.template operator()<false>(first);
+        for (int phase = 0; phase < (Strided && !Gradient ? min(stride, K) : 1); ++phase) {
+          int first = tap + phase, row = first_row + phase, left = Strided && !Gradient ? a.step.steps(K - phase) : tap_count;
+#pragma unroll 1
+          for (; left > 0; left -= M, first += M * stride, row += M * in_step) left >= M ? take.template operator()<true>(first, row, M) : take.template operator()<false>(first, row, left);
+        }
         if (out && (inside || finite(taps_sum))) {
 #pragma unroll
           for (int r = 0; r < R; ++r)
-            if (inside || mine >> r & 1) to[r * W_out] = narrow<T>(acc[r]);
+            if (inside || mine >> r & 1) to[r * out_pitch] = narrow<T>(acc[r]);
         } else if (out) define();
+        if (Strided && Gradient && out) {  // columns that none of in reaches
+          for (int c = max(w + 1, 0); c < min(w + a.stride_w, W_out); ++c) {
+#pragma unroll
+            for (int r = 0; r < R; ++r)
+              if (inside || r < rows_here) to[r * out_pitch + c - w] = narrow<T>(0);
+          }
+        }
       };
-      if (reached && first_row >= 0 && first_row + R + K - 1 <= in_rows && rows_left >= R) make.template operator()<true>();
+      if (reached && first_row >= 0 && first_row + (R - 1) * in_step + tap_count <= in_rows && rows_left >= R) make.template operator()<true>();
       else make.template operator()<false>();
       }
     }
@@ -1822,7 +1857,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
 #pragma unroll
       for (int m = 0; m < held; ++m)
         if (i < K && m == (M ? i : i + R - 1 + a.row_shift)) sum = dots[m];
-      if (M && i >= M && i < K) sum = sums[(i - M) * bulk_threads];
+      if (M && i >= in_registers && i < K) sum = sums[(i - in_registers) * bulk_threads];
       for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
       if (lane % width == 0) all[i * bulk_threads + threadIdx.x] = sum;
     }
@@ -1842,12 +1877,12 @@ struct BulkPlan {
   size_t shared, partial;
 };
 
-template <class T, int R, int M, bool Gradient>
+template <class T, int R, int M, bool Gradient, bool Strided>
 BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const void* in, const void* x, const void* out) {
   BulkPlan plan{};
   Bulk& a = plan.a;
   const Device& device = current_device();
-  plan.applies = device.capability >= 9 && !p.channels_last && p.stride_h == 1 && p.stride_w == 1 && p.dilation == 1 && p.K <= 64 && p.padding_h < p.K &&
+  plan.applies = device.capability >= 9 && !p.channels_last && (Strided || (p.stride_h == 1 && p.stride_w == 1)) && p.dilation == 1 && p.K <= 64 && p.padding_h < p.K &&
                  (!x || !out || (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(out)) % 16 == 0) &&
                  std::max({p.H_out * p.W_out, p.H * p.W, p.N * p.C}) < 1 << 28;
   if (M == 0) plan.applies = plan.applies && std::max(p.H, p.H_out) <= R;
@@ -1857,7 +1892,9 @@ BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const voi
   if (sizeof(T) == 2) plan.applies = plan.applies && ((!aligned && p.K <= 16) || (Gradient && p.K <= 3));
   else if (Gradient) plan.applies = plan.applies && (!aligned || p.H * p.W < 4096);
   else plan.applies = plan.applies && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out);
+  if (Strided) plan.applies = plan.applies && !aligned && p.K <= 16 && p.stride_h <= p.K && p.stride_w <= 4;
   if (!plan.applies) return plan;
+  a.step = p.stride_h, a.stride_w = p.stride_w;
   a.K = p.K, a.C = p.C, a.reversed = Gradient, a.has_dots = has_dots, a.has_bias_sum = has_bias_sum;
   a.in_rows = Gradient ? p.H_out : p.H, a.in_width = Gradient ? p.W_out : p.W;
   a.out_rows = Gradient ? p.H : p.H_out, a.out_width = Gradient ? p.W : p.W_out;
@@ -1865,13 +1902,15 @@ BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const voi
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane;
   a.row_shift = Gradient ? p.padding_h - (p.K - 1) : -p.padding_h, a.column_shift = Gradient ? p.padding_w : -p.padding_w;
   const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T), 16) + 16; };
-  const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + std::min<int64_t>(rows + p.K - 1, a.in_rows) * a.in_width); };
+  const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + std::min<int64_t>(Gradient ? ceil_div(rows + p.K - 1, p.stride_h) + (Strided ? 1 : 0) : (rows - 1) * p.stride_h + p.K, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
   // As many rows or planes as leave room for the blocks that registers have room for.
-  const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(Gradient) - 2048 - (Gradient ? sizeof(float) * (M ? std::max<int64_t>(p.K - M, 0) : 0) * bulk_threads : 0)) / bulk_slots;
+  const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(Gradient) - 2048 - (Gradient ? sizeof(float) * (M ? std::max<int64_t>(p.K - (Strided ? 0 : M), 0) : 0) * bulk_threads : 0)) / bulk_slots;
+  const int64_t out_step = Gradient ? p.stride_h : 1;
   int64_t band_rows = a.out_rows, planes = 1;
-  for (int64_t bands = 2; slot_bytes(1, band_rows) > room && band_rows > R; ++bands) band_rows = round_up(ceil_div(a.out_rows, bands), R);
-  a.columns = a.out_width, a.items = ceil_div(band_rows, R) * a.out_width;
+  for (int64_t bands = 2; slot_bytes(1, band_rows) > room && band_rows > R * out_step; ++bands) band_rows = round_up(ceil_div(a.out_rows, bands), R * out_step);
+  const int64_t columns = Strided && Gradient ? std::max<int64_t>(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : a.out_width;
+  a.columns = columns, a.items = ceil_div(band_rows, R * out_step) * out_step * columns;
   if (band_rows >= a.out_rows)
     while (2 * planes <= std::min<int64_t>(p.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= room) planes *= 2;
   band_rows = std::min<int64_t>(band_rows, a.out_rows);
@@ -1879,7 +1918,7 @@ BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const voi
   a.planes = planes, a.band_rows = band_rows, a.bands = bands, a.chunks = p.N * bands, a.slices = slices;
   while (planes << a.log2_tx < bulk_threads) ++a.log2_tx;
   a.sums_at = round_up(sizeof(float) * planes * p.K, 16);
-  a.slots_at = a.sums_at + (Gradient ? sizeof(float) * (M ? std::max<int64_t>(p.K - M, 0) : 0) * bulk_threads : 0);
+  a.slots_at = a.sums_at + (Gradient ? sizeof(float) * (M ? std::max<int64_t>(p.K - (Strided ? 0 : M), 0) : 0) * bulk_threads : 0);
   a.out_at = in_bytes(planes, band_rows), a.slot_bytes = slot_bytes(planes, band_rows);
   plan.shared = a.slots_at + std::max<int64_t>(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
   const int64_t blocks = std::min<int64_t>(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
@@ -1891,28 +1930,28 @@ BulkPlan bulk_plan(const Problem& p, bool has_dots, bool has_bias_sum, const voi
   return plan;
 }
 
-template <class T, int R, int M, bool Gradient>
+template <class T, int R, int M, bool Gradient, bool Strided>
 const char* bulk_launch(const BulkPlan& plan, const void* in, const void* x, const void* weight, const void* bias, void* out, float* partial, cudaStream_t stream) {
-  const auto kernel = bulk<T, R, M, Gradient>;
+  const auto kernel = bulk<T, R, M, Gradient, Strided>;
   if (plan.shared > 48 << 10)
     if (const char* error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)))) return error;
   kernel<<<plan.a.slices.divisor * plan.a.splits, bulk_threads, plan.shared, stream>>>(plan.a, (const T*)in, (const T*)x, (const T*)weight, (const T*)bias, (T*)out, partial);
   return check(cudaGetLastError());
 }
 
-template <class T, int R, int M> bool bulk_forward_by(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
-  const BulkPlan plan = bulk_plan<T, R, M, false>(p, false, false, x, nullptr, y);
-  if (plan.applies) error = bulk_launch<T, R, M, false>(plan, x, nullptr, weight, bias, y, nullptr, cudaStream_t(stream));
+template <class T, int R, int M, bool Strided = false> bool bulk_forward_by(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
+  const BulkPlan plan = bulk_plan<T, R, M, false, Strided>(p, false, false, x, nullptr, y);
+  if (plan.applies) error = bulk_launch<T, R, M, false, Strided>(plan, x, nullptr, weight, bias, y, nullptr, cudaStream_t(stream));
   return plan.applies;
 }
 
-template <class T, int R, int M>
+template <class T, int R, int M, bool Strided = false>
 bool bulk_backward_by(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight, void* grad_bias,
                       void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
-  const BulkPlan plan = bulk_plan<T, R, M, true>(p, grad_weight, grad_bias, grad_output, grad_weight ? x : nullptr, grad_input);
+  const BulkPlan plan = bulk_plan<T, R, M, true, Strided>(p, grad_weight, grad_bias, grad_output, grad_weight ? x : nullptr, grad_input);
   if (!plan.applies) return false;
   float* const partial = grad_weight || grad_bias ? static_cast<float*>(scratch(plan.partial, context)) : nullptr;
-  error = bulk_launch<T, R, M, true>(plan, grad_output, x, weight, nullptr, grad_input, partial, cudaStream_t(stream));
+  error = bulk_launch<T, R, M, true, Strided>(plan, grad_output, x, weight, nullptr, grad_input, partial, cudaStream_t(stream));
   if (error || !partial) return true;
   Walk a{};
   a.p = p, a.column_tiles = 1, a.splits = plan.a.splits, a.dot_end = p.K, a.has_bias_sum = grad_bias;
@@ -1923,14 +1962,14 @@ bool bulk_backward_by(const Problem& p, const void* grad_output, const void* x, 
 }  // namespace
 
 bool bulk_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y, void* stream, const char*& error) {
-  const auto by = [&]<class T> { return (p.K <= 3 ? bulk_forward_by<T, 8, 3> : std::max(p.H, p.H_out) <= 7 ? bulk_forward_by<T, 7, 0> : bulk_forward_by<T, 8, 7>)(p, x, weight, bias, y, stream, error); };
+  const auto by = [&]<class T> { return (p.stride_h > 1 || p.stride_w > 1 ? bulk_forward_by<T, 8, 2, true> : p.K <= 3 ? bulk_forward_by<T, 8, 3> : std::max(p.H, p.H_out) <= 7 ? bulk_forward_by<T, 7, 0> : bulk_forward_by<T, 8, 7>)(p, x, weight, bias, y, stream, error); };
   return p.type == Type::f32 ? by.template operator()<float>() : p.type == Type::f16 ? by.template operator()<__half>() : p.type == Type::bf16 && by.template operator()<__nv_bfloat16>();
 }
 
 bool bulk_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight,
                    void* grad_bias, void* (*scratch)(size_t bytes, void* context), void* context, void* stream, const char*& error) {
   const auto by = [&]<class T> {
-    return (p.K <= 3 ? bulk_backward_by<T, 8, 3> : std::max(p.H, p.H_out) <= 7 ? bulk_backward_by<T, 7, 0> : bulk_backward_by<T, 8, 7>)(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error);
+    return (p.stride_h > 1 || p.stride_w > 1 ? bulk_backward_by<T, 8, 2, true> : p.K <= 3 ? bulk_backward_by<T, 8, 3> : std::max(p.H, p.H_out) <= 7 ? bulk_backward_by<T, 7, 0> : bulk_backward_by<T, 8, 7>)(p, grad_output, x, weight, grad_input, grad_weight, grad_bias, scratch, context, stream, error);
   };
   return p.type == Type::f32 ? by.template operator()<float>() : p.type == Type::f16 ? by.template operator()<__half>() : p.type == Type::bf16 && by.template operator()<__nv_bfloat16>();
 }
