@@ -1822,6 +1822,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
             if (inside || mine >> r & 1) to[r * out_pitch] = narrow<T>(acc[r]);
         } else if (out) define();
         if (Strided && Gradient && out) {  // columns that none of in reaches
+#pragma unroll 1
           for (int c = max(w + 1, 0); c < min(w + a.stride_w, W_out); ++c) {
 #pragma unroll
             for (int r = 0; r < R; ++r)
