@@ -1609,11 +1609,14 @@ template <class T> __device__ void load_numbers(T* to, const T* from, int skippe
   if (whole) bulk_load(to, from, whole * sizeof(T), barrier);
 }
 
-// For contiguous planes at stride and dilation 1 whose rows do not line up with 16 bytes or are short: rows that follow one another are
+// For contiguous planes at dilation 1 whose rows do not line up with 16 bytes or are short, or with strides: rows that follow one another are
 // one stretch of memory, which is copied to and from shared memory 16 bytes at a time whatever the rows' width. Forward: out is y, in
 // is x. Transposed (input gradient): out is grad_input, in is grad_output, taps are reversed. Reads in (and x if Gradient) once but for
 // rows that two bands share, writes out once, and a block's sums of x * grad_output for each tap and of grad_output (`partial`).
-// While a block works on a chunk, the next is under way. A thread makes R rows of a column of its plane at once, by M taps at a time.
+// While a block works on a chunk, the next is under way. A thread makes R rows of a column of its plane at once, by M taps at a time;
+// M = 0: planes of up to R rows, each row of in with each of out. Strided: which rows and taps meet is as in `walk`; transposed, a thread
+// also writes the zeros of the columns up to the next that in reaches. Rows beyond the plane are multiplied as zeros, for to leave them
+// out costs more than the products; where an infinity or NaN may make that wrong, sums are made anew from the definition.
 // Registers: R sums, R + M - 1 rows of in, R of x, M weight gradients. Shared memory: the taps, weight gradients beyond M, and slots of a
 // stretch of in and one of out, where x lies before.
 template <class T, int R, int M, bool Gradient, bool Strided>
