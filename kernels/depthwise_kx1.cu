@@ -1773,8 +1773,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
           for (int r = 0; r < R; ++r) own[r] = a.has_dots && (inside || mine >> r & 1) ? widen(to[r * out_pitch]) : 0;
         }
         // M taps one stride apart from tap `first` on, of `count` that are left, which read rows one in_step apart from `row` on.
-        const auto take = [&]<bool all>(int first, int row, int count) {
-          const T* const from = first_from + (row - first_row) * W;
+        const auto take = [&]<bool all>(int first, int row, int count, const T* from) {
           uint32_t valid = ~0u;
           if (!inside) {
             const int begin = Strided && !Gradient ? a.step.steps(-row) : -row, end = Strided && !Gradient ? a.step.steps(in_rows - row) : in_rows - row;
@@ -1815,9 +1814,13 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
         };
 #pragma unroll 1
         for (int phase = 0; phase < (Strided && !Gradient ? min(stride, K) : 1); ++phase) {
-          int first = tap + phase, row = first_row + phase, left = Strided && !Gradient ? a.step.steps(K - phase) : tap_count;
+          const int count = Strided && !Gradient ? a.step.steps(K - phase) : tap_count;
+          const T* from = first_from + phase * W;
 #pragma unroll 1
-          for (; left > 0; left -= M, first += M * stride, row += M * in_step) left >= M ? take.template operator()<true>(first, row, M) : take.template operator()<false>(first, row, left);
+          for (int m = 0; m < count; m += M, from += M * in_pitch) {
+            const int first = tap + phase + m * stride, row = first_row + phase + m * in_step;
+            m + M <= count ? take.template operator()<true>(first, row, M, from) : take.template operator()<false>(first, row, count - m, from);
+          }
         }
         if (out && (inside || finite(taps_sum))) {
 #pragma unroll
