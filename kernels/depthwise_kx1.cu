@@ -1173,11 +1173,14 @@ template <class T> __device__ void load_numbers(T* to, const T* from, int skippe
   if (whole) bulk_load(to, from, whole * sizeof(T), barrier);
 }
 
-// For contiguous planes at stride and dilation 1 whose rows do not line up with 16 bytes or are short: rows that follow one another are
+// For contiguous planes at dilation 1 whose rows do not line up with 16 bytes or are short, or with strides: rows that follow one another are
 // one stretch of memory, which is copied to and from shared memory 16 bytes at a time whatever the rows' width. Forward: out is y, in
 // is x. Transposed (input gradient): out is grad_input, in is grad_output, taps are reversed. Reads in (and x if Gradient) once but for
 // rows that two bands share, writes out once, and a block's sums of x * grad_output for each tap and of grad_output (`partial`).
-// While a block works on a chunk, the next is under way. A thread makes R rows of a column of its plane at once, by M taps at a time.
+// While a block works on a chunk, the next is under way. A thread makes R rows of a column of its plane at once, by M taps at a time;
+// M = 0: planes of up to R rows, each row of in with each of out. Strided: which rows and taps meet is as in `walk`; transposed, a thread
+// also writes the zeros of the columns up to the next that in reaches. Rows beyond the plane are multiplied as zeros, for to leave them
+// out costs more than the products; where an infinity or NaN may make that wrong, sums are made anew from the definition.
 // Registers: R sums, R + M - 1 rows of in, R of x, M weight gradients. Shared memory: the taps, weight gradients beyond M, and slots of a
 // stretch of in and one of out, where x lies before.
 template <class T, int R, int M, bool Gradient, bool Strided>
@@ -1334,8 +1337,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
           for (int r = 0; r < R; ++r) own[r] = a.has_dots && (inside || mine >> r & 1) ? widen(to[r * out_pitch]) : 0;
         }
         // M taps one stride apart from tap `first` on, of `count` that are left, which read rows one in_step apart from `row` on.
-        const auto take = [&]<bool all>(int first, int row, int count) {
-          const T* const from = first_from + (row - first_row) * W;
+        const auto take = [&]<bool all>(int first, int row, int count, const T* from) {
           uint32_t valid = ~0u;
           if (!inside) {
             const int begin = Strided && !Gradient ? a.step.steps(-row) : -row, end = Strided && !Gradient ? a.step.steps(in_rows - row) : in_rows - row;
@@ -1376,9 +1378,13 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
         };
 #pragma unroll 1
         for (int phase = 0; phase < (Strided && !Gradient ? min(stride, K) : 1); ++phase) {
-          int first = tap + phase, row = first_row + phase, left = Strided && !Gradient ? a.step.steps(K - phase) : tap_count;
+          const int count = Strided && !Gradient ? a.step.steps(K - phase) : tap_count;
+          const T* from = first_from + phase * W;
 #pragma unroll 1
-          for (; left > 0; left -= M, first += M * stride, row += M * in_step) left >= M ? take.template operator()<true>(first, row, M) : take.template operator()<false>(first, row, left);
+          for (int m = 0; m < count; m += M, from += M * in_pitch) {
+            const int first = tap + phase + m * stride, row = first_row + phase + m * in_step;
+            m + M <= count ? take.template operator()<true>(first, row, M, from) : take.template operator()<false>(first, row, count - m, from);
+          }
         }
         if (out && (inside || finite(taps_sum))) {
 #pragma unroll
@@ -1386,6 +1392,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
             if (inside || mine >> r & 1) to[r * out_pitch] = narrow<T>(acc[r]);
         } else if (out) define();
         if (Strided && Gradient && out) {  // columns that none of in reaches
+#pragma unroll 1
           for (int c = max(w + 1, 0); c < min(w + a.stride_w, W_out); ++c) {
 #pragma unroll
             for (int r = 0; r < R; ++r)
