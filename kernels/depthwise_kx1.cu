@@ -1161,6 +1161,7 @@ struct Chunk {
   int in_row, in_rows, out_rows;         // of a plane: rows of in, the first by its distance from the row that tap 0 takes to the first of out
   int bias_row, bias_rows;               // of in, that the chunk adds to the gradient of the bias
   int in_skipped, out_skipped, out_numbers;  // numbers before them in shared memory, modulo 16 bytes
+  int in_width, out_width;               // here, for the compiler fetches a kernel's parameters anew for each row
 };
 
 struct Bulk : Pass {
@@ -1169,6 +1170,8 @@ struct Bulk : Pass {
   int band_rows, chunks, splits;         // rows of out in a chunk; chunks of a slice, dealt to `splits` blocks
   Divisor slices, bands, columns;        // slices: of `planes` channels; bands of a plane; columns of out
   int items;                             // groups of R rows of a column, of a plane in a chunk
+  Divisor step;                          // stride_h
+  int stride_w;
   int sums_at, slots_at, out_at, slot_bytes;  // in shared memory
 };
 
@@ -1183,14 +1186,17 @@ template <class T> __device__ void load_numbers(T* to, const T* from, int skippe
   if (whole) bulk_load(to, from, whole * sizeof(T), barrier);
 }
 
-// For contiguous planes at stride and dilation 1 whose rows do not line up with 16 bytes or are short: rows that follow one another are
+// For contiguous planes at dilation 1 whose rows do not line up with 16 bytes or are short, or with strides: rows that follow one another are
 // one stretch of memory, which is copied to and from shared memory 16 bytes at a time whatever the rows' width. Forward: out is y, in
 // is x. Transposed (input gradient): out is grad_input, in is grad_output, taps are reversed. Reads in (and x if Gradient) once but for
 // rows that two bands share, writes out once, and a block's sums of x * grad_output for each tap and of grad_output (`partial`).
-// While a block works on a chunk, the next is under way. A thread makes R rows of a column of its plane at once, by M taps at a time.
+// While a block works on a chunk, the next is under way. A thread makes R rows of a column of its plane at once, by M taps at a time;
+// M = 0: planes of up to R rows, each row of in with each of out. Strided: which rows and taps meet is as in `walk`; transposed, a thread
+// also writes the zeros of the columns up to the next that in reaches. Rows beyond the plane are multiplied as zeros, for to leave them
+// out costs more than the products; where an infinity or NaN may make that wrong, sums are made anew from the definition.
 // Registers: R sums, R + M - 1 rows of in, R of x, M weight gradients. Shared memory: the taps, weight gradients beyond M, and slots of a
 // stretch of in and one of out, where x lies before.
-template <class T, int R, int M, bool Gradient>
+template <class T, int R, int M, bool Gradient, bool Strided>
 __global__ void __launch_bounds__(bulk_threads, bulk_blocks(Gradient))
 bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
      T* __restrict__ out, float* __restrict__ partial) {
@@ -1204,20 +1210,26 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
   const bool manages = threadIdx.x / 32 == bulk_threads / 32 - 1, leads = threadIdx.x == bulk_threads - 32;
   int slice;
   const int split = a.slices(blockIdx.x, slice), first_channel = slice * a.planes, planes = min(a.planes, a.C - first_channel);
+  const int each = a.chunks / a.splits, more = a.chunks % a.splits;  // chunks that follow one another: L2 still has the rows that bands share
+  const int begin = split * each + min(split, more), count = each + (split < more);
   const float initial = !Gradient && bias && plane < planes ? widen(bias[first_channel + plane]) : 0;
 
   const auto load_chunk = [&](int turn) {
-    const int index = split + turn * a.splits, slot = turn % bulk_slots;
-    if (index >= a.chunks) return;
+    const int slot = turn % bulk_slots;
+    if (turn >= count) return;
     int band;
-    const int64_t first_plane = int64_t(a.bands(index, band)) * a.C + first_channel;
-    const int row = band * a.band_rows, end = min(row + a.band_rows, a.out_rows), in_first = row + a.row_shift;
-    const int in_begin = max(in_first, 0), in_end = max(min(end + a.row_shift + K - 1, a.in_rows), in_begin);
+    const int64_t first_plane = int64_t(a.bands(begin + turn, band)) * a.C + first_channel;
+    const int row = band * a.band_rows, end = min(row + a.band_rows, a.out_rows);
+    // From what row on tap 0 reaches, and up to where the last tap does, in rows of in.
+    const auto reach = [&](int row) { return !Strided ? row + a.row_shift : Gradient ? a.step.steps(row + a.row_shift) : row * int(a.step.divisor) + a.row_shift; };
+    const auto limit = [&](int end) { return Strided && Gradient ? a.step.over(end - 1 + a.row_shift + K - 1) + 1 : reach(end - 1) + K; };
+    const int in_first = reach(row), in_begin = max(in_first, 0), in_end = max(min(limit(end), a.in_rows), in_begin);
     const int64_t in_at = first_plane * a.in_plane + int64_t(in_begin) * a.in_width;
     Chunk k;
+    k.in_width = a.in_width, k.out_width = a.out_width;
     k.out_at = first_plane * a.out_plane + int64_t(row) * a.out_width;
-    k.in_row = in_begin - in_first, k.in_rows = in_end - in_begin, k.out_rows = end - row;
-    k.bias_row = row ? max(in_first + K - 1 - in_begin, 0) : 0, k.bias_rows = k.in_rows - k.bias_row;
+    k.in_row = in_begin - (Strided && Gradient ? a.step.over(row) : in_first), k.in_rows = in_end - in_begin, k.out_rows = end - row;
+    k.bias_row = row ? max(limit(row) - in_begin, 0) : 0, k.bias_rows = k.in_rows - k.bias_row;
     k.out_numbers = (planes - 1) * int(a.out_plane) + k.out_rows * a.out_width;
     const auto skipped = [](const T* at) { return int(reinterpret_cast<uintptr_t>(at) % 16 / sizeof(T)); };
     k.in_skipped = skipped(in + in_at), k.out_skipped = skipped((Gradient && a.has_dots ? x : out) + k.out_at);
@@ -1229,10 +1241,13 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
   };
 
   for (int i = threadIdx.x; i < planes * K; i += bulk_threads) taps[i] = weight ? widen(weight[int64_t(first_channel) * K + (a.reversed ? i / K * K + K - 1 - i % K : i)]) : 0;
-  if (Gradient)
-    for (int i = M; i < K; ++i) sums[(i - M) * bulk_threads] = 0;
-  float dots[M] = {}, bias_sum = 0;
-  for (int turn = 1 - bulk_slots; split + turn * a.splits < a.chunks; ++turn) {
+  constexpr int in_registers = Strided ? 0 : M;  // weight gradients
+  if (Gradient && M)
+    for (int i = in_registers; i < K; ++i) sums[(i - in_registers) * bulk_threads] = 0;
+  constexpr int held = M ? M : 2 * R - 1;
+  float dots[held] = {}, near[held], bias_sum = 0, taps_sum = 0;  // near: for M = 0, the tap by which row i meets row r, at i - r + R - 1
+  const auto finite = [](float sum) { return sum - sum == 0; };
+  for (int turn = 1 - bulk_slots; turn < count; ++turn) {
     if (leads) {
       if (turn < 0) {
         for (int i = 0; i < bulk_slots; ++i) begin_barrier(barriers + i);
@@ -1242,6 +1257,13 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     }
     if (turn < 0) {
       __syncthreads();
+#pragma unroll 1
+      for (int i = 0; i < K; ++i) taps_sum += taps[plane * K + i];
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        const int k = i - (R - 1) - a.row_shift;
+        if (M == 0) near[i] = k >= 0 && k < K ? taps[plane * K + k] : 0;
+      }
       continue;
     }
     const int slot = turn % bulk_slots;
@@ -1249,58 +1271,151 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     const Chunk& k = described[slot];
     const T* const in_slot = reinterpret_cast<const T*>(shared + a.slots_at + slot * a.slot_bytes) + k.in_skipped;
     T* const out_slot = reinterpret_cast<T*>(shared + a.slots_at + slot * a.slot_bytes + a.out_at) + k.out_skipped;
-    const int in_rows = k.in_rows, out_rows = k.out_rows, in_row = k.in_row, W = a.in_width, W_out = a.out_width;
+    const int in_rows = k.in_rows, out_rows = k.out_rows, in_row = k.in_row, W = k.in_width, W_out = k.out_width;
 #pragma unroll 1
     for (int item = plane < planes ? lane : a.items; item < a.items; item += tx) {
-      int w, group = a.columns(item, w);
-      const int row = group * R, first_row = row - in_row, rows_left = out_rows - row, in_w = w + a.column_shift;  // first_row: of in, for tap 0
+      int w = item, group = 0, residue = 0, tap = 0, tap_count = K;
+      if (M) group = a.columns(item, w);
+      if (Strided && Gradient) group = a.step(group, residue);
+      const int stride = Strided ? int(a.step.divisor) : 1, in_step = Gradient ? 1 : stride, out_step = Gradient ? stride : 1;
+      const int row = group * R * out_step + residue, rows_here = Strided && Gradient ? a.step.steps(out_rows - row) : out_rows - row;
+      int first_row = row * in_step - in_row, in_w = w + a.column_shift;  // of in, for tap 0
+      if (Strided && !Gradient) in_w = w * a.stride_w + a.column_shift;
+      if (Strided && Gradient) {  // only every stride-th tap reaches
+        in_w = w, w = w * a.stride_w - a.column_shift;
+        const int i = a.step(row + a.row_shift + K - 1, tap);
+        tap_count = a.step.steps(K - tap), tap = K - 1 - tap - (tap_count - 1) * stride;
+        first_row = i - (tap_count - 1) - in_row;
+      }
+      const int rows_left = Strided && Gradient && (w < 0 || w >= W_out) ? 0 : rows_here;
       const bool reached = in_w >= 0 && in_w < W;
-      const T* from = in_slot + (plane * int(a.in_plane) + first_row * W + in_w);
+      const T* const first_from = in_slot + (plane * int(a.in_plane) + first_row * W + in_w);
       T* const to = out_slot + (plane * int(a.out_plane) + row * W_out + w);
-      float acc[R], own[R], rows[R + M - 1];
+      const int in_pitch = W * in_step, out_pitch = W_out * out_step;
+      float acc[R], own[R], rows[M ? R + M - 1 : R];
 #pragma unroll
       for (int r = 0; r < R; ++r) acc[r] = initial;
-      // Guarded where rows lie beyond the plane: left out, not multiplied by zero, for weight or x may be infinite.
-      const auto make = [&]<bool guarded> {
-        const uint32_t mine = guarded ? bits(0, rows_left) : ~0u;
-        if (Gradient && a.has_dots) {
-#pragma unroll
-          for (int r = 0; r < R; ++r) own[r] = !guarded || r < rows_left ? widen(to[r * W_out]) : 0;
+      const auto define = [&] {
+#pragma unroll 1
+        for (int r = 0; r < min(R, rows_left); ++r) {
+          float sum = initial;
+#pragma unroll 1
+          for (int k = 0; k < tap_count; ++k) {
+            const int i = first_row + r * in_step + k;
+            if (reached && i >= 0 && i < in_rows) sum += taps[plane * K + tap + (Gradient ? k * stride : k)] * widen(first_from[(r * in_step + k) * W]);
+          }
+          to[r * out_pitch] = narrow<T>(sum);
         }
-        const auto take = [&]<bool all>(int first) {  // M taps, or what is left
-          const int count = all ? M : K - first;
-          const uint32_t valid = !guarded ? ~0u : reached ? bits(-first_row - first, min(in_rows - first_row - first, R + count - 1)) : 0;
+      };
+      if constexpr (M == 0) {
+        const T* const from = first_from - first_row * W;
+        const auto make = [&]<bool inside> {  // inside: R rows
+          float sum = taps_sum;
+          const T *in_at = from, *x_at = to;
 #pragma unroll
-          for (int t = 0; t < R + M - 1; ++t) {
-            if (guarded ? valid >> t & 1 : all || t < R || t < R + count - 1) rows[t] = widen(from[t * W]);
+          for (int i = 0; i < R; ++i, in_at += W, x_at += W_out) {
+            sum += rows[i] = inside || (reached && i < in_rows) ? widen(*in_at) : 0;
+            if (Gradient) sum += own[i] = a.has_dots && (inside || i < out_rows) ? widen(*x_at) : 0;
+          }
+          if (!finite(sum)) return false;
+#pragma unroll
+          for (int i = 0; i < R; ++i)
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+              acc[r] += near[i - r + R - 1] * rows[i];
+              if (Gradient) dots[i - r + R - 1] += own[r] * rows[i];
+            }
+          if (out) {
+            T* out_at = to;
+#pragma unroll
+            for (int r = 0; r < R; ++r, out_at += W_out)
+              if (inside || r < out_rows) *out_at = narrow<T>(acc[r]);
+          }
+          return true;
+        };
+        if (reached && in_rows == R && out_rows == R ? make.template operator()<true>() : make.template operator()<false>()) continue;
+        if (Gradient && reached) {
+#pragma unroll
+          for (int n = 0; n < held; ++n) {
+#pragma unroll 1
+            for (int r = max(R - 1 - n, 0); r < min(out_rows, in_rows + R - 1 - n); ++r) dots[n] += widen(to[r * W_out]) * widen(from[(r + n - (R - 1)) * W]);
+          }
+        }
+        if (out) define();
+      } else {
+      const auto make = [&]<bool inside> {  // inside: all rows lie in the plane
+        const uint32_t mine = bits(0, rows_left);
+        if (Gradient) {
+#pragma unroll
+          for (int r = 0; r < R; ++r) own[r] = a.has_dots && (inside || mine >> r & 1) ? widen(to[r * out_pitch]) : 0;
+        }
+        // M taps one stride apart from tap `first` on, of `count` that are left, which read rows one in_step apart from `row` on.
+        const auto take = [&]<bool all>(int first, int row, int count, const T* from) {
+          uint32_t valid = ~0u;
+          if (!inside) {
+            const int begin = Strided && !Gradient ? a.step.steps(-row) : -row, end = Strided && !Gradient ? a.step.steps(in_rows - row) : in_rows - row;
+            valid = reached ? bits(begin, min(end, R + (all ? M : count) - 1)) : 0;
+          }
+          const T* at = from;
+#pragma unroll
+          for (int t = 0; t < R + M - 1; ++t, at += in_pitch)
+            if (all || t < R || t < R + count - 1) rows[t] = inside || valid >> t & 1 ? widen(*at) : 0;
+          float dot[M] = {}, sum = 0;
+#pragma unroll
+          for (int m = 0; m < M; ++m) {
+            if (!all && m >= count) continue;
+            const float tap = taps[plane * K + first + m * stride];
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+              acc[r] += tap * rows[r + m];
+              if (Gradient) dot[m] += own[r] * rows[r + m];
+            }
+            sum += dot[m];
+          }
+          if (!Gradient) return;
+          if (!inside && isnan(sum)) {
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+              dot[m] = 0;
+#pragma unroll 1
+              for (int r = 0; r < min(R, rows_left); ++r)
+                if (valid >> (r + m) & 1) dot[m] += widen(to[r * out_pitch]) * widen(from[(r + m) * W]);
+            }
           }
 #pragma unroll
           for (int m = 0; m < M; ++m) {
             if (!all && m >= count) continue;
-            const float tap = taps[plane * K + first + m];
-            const uint32_t both = valid >> m & mine;
-            float dot = 0;
-#pragma unroll
-            for (int r = 0; r < R; ++r) {
-              if (guarded && !(both >> r & 1)) continue;
-              acc[r] += tap * rows[r + m];
-              if (Gradient) dot += own[r] * rows[r + m];
-            }
-            if (Gradient && first == 0) dots[m] += dot;
-            else if (Gradient) sums[(first - M + m) * bulk_threads] += dot;
+            if (!Strided && first == 0) dots[m] += dot[m];
+            else sums[(first + m * stride - in_registers) * bulk_threads] += dot[m];
           }
         };
-        int first = 0;
-        for (; first + M <= K; first += M, from += M * W) take.template operator()<true>(first);
-        if (first < K) take.template operator()<false>(first);
-        if (out) {
+#pragma unroll 1
+        for (int phase = 0; phase < (Strided && !Gradient ? min(stride, K) : 1); ++phase) {
+          const int count = Strided && !Gradient ? a.step.steps(K - phase) : tap_count;
+          const T* from = first_from + phase * W;
+#pragma unroll 1
+          for (int m = 0; m < count; m += M, from += M * in_pitch) {
+            const int first = tap + phase + m * stride, row = first_row + phase + m * in_step;
+            m + M <= count ? take.template operator()<true>(first, row, M, from) : take.template operator()<false>(first, row, count - m, from);
+          }
+        }
+        if (out && (inside || finite(taps_sum))) {
 #pragma unroll
           for (int r = 0; r < R; ++r)
-            if (!guarded || r < rows_left) to[r * W_out] = narrow<T>(acc[r]);
+            if (inside || mine >> r & 1) to[r * out_pitch] = narrow<T>(acc[r]);
+        } else if (out) define();
+        if (Strided && Gradient && out) {  // columns that none of in reaches
+#pragma unroll 1
+          for (int c = max(w + 1, 0); c < min(w + a.stride_w, W_out); ++c) {
+#pragma unroll
+            for (int r = 0; r < R; ++r)
+              if (inside || r < rows_here) to[r * out_pitch + c - w] = narrow<T>(0);
+          }
         }
       };
-      if (reached && first_row >= 0 && first_row + R + K - 1 <= in_rows && rows_left >= R) make.template operator()<false>();
-      else make.template operator()<true>();
+      if (reached && first_row >= 0 && first_row + (R - 1) * in_step + tap_count <= in_rows && rows_left >= R) make.template operator()<true>();
+      else make.template operator()<false>();
+      }
     }
     if (Gradient && a.has_bias_sum && plane < planes)
       for (int i = lane; i < k.bias_rows * W; i += tx) bias_sum += widen(in_slot[plane * int(a.in_plane) + k.bias_row * W + i]);
@@ -1322,11 +1437,11 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     float* const all = reinterpret_cast<float*>(shared + a.slots_at);
     const int width = min(tx, 32);
     for (int i = 0; i <= K; ++i) {
-      float sum = bias_sum;
+      float sum = i == K ? bias_sum : 0;
 #pragma unroll
-      for (int m = 0; m < M; ++m)
-        if (i == m && m < K) sum = dots[m];
-      if (i >= M && i < K) sum = sums[(i - M) * bulk_threads];
+      for (int m = 0; m < held; ++m)
+        if (i < K && m == (M ? i : i + R - 1 + a.row_shift)) sum = dots[m];
+      if (M && i >= in_registers && i < K) sum = sums[(i - in_registers) * bulk_threads];
       for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
       if (lane % width == 0) all[i * bulk_threads + threadIdx.x] = sum;
     }
@@ -1656,7 +1771,7 @@ template <class T> Outcome launch_toeplitz_last(const Call& c) {
   return run<T>(c.grad_weight || c.grad_bias ? toeplitz_last<T, true> : toeplitz_last<T, false>, plan, c, make_room<T>(plan, c));
 }
 
-template <class T, int R, int M, bool Gradient> Plan<Bulk> bulk_plan(const Call& c) {
+template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_plan(const Call& c) {
   const Problem& p = c.p;
   Plan<Bulk> plan{{make_pass(c)}};
   Bulk& a = plan.a;
@@ -1664,15 +1779,18 @@ template <class T, int R, int M, bool Gradient> Plan<Bulk> bulk_plan(const Call&
   plan.applies = p.K <= 64 && p.padding_h < p.K && std::max({p.H_out * p.W_out, p.H * p.W, p.N * p.C}) < 1 << 28 &&
                  (!c.x || !c.out || (reinterpret_cast<uintptr_t>(c.x) - reinterpret_cast<uintptr_t>(c.out)) % 16 == 0);
   if (!plan.applies) return plan;
+  a.step = p.stride_h, a.stride_w = p.stride_w;
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane;
   const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T), 16) + 16; };
-  const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + std::min<int64_t>(rows + p.K - 1, a.in_rows) * a.in_width); };
+  const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + std::min<int64_t>(Gradient ? ceil_div(rows + p.K - 1, p.stride_h) + (Strided ? 1 : 0) : (rows - 1) * p.stride_h + p.K, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
   // As many rows or planes as leave room for the blocks that registers have room for.
-  const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(Gradient) - 2048 - (Gradient ? sizeof(float) * std::max<int64_t>(p.K - M, 0) * bulk_threads : 0)) / bulk_slots;
+  const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(Gradient) - 2048 - (Gradient ? sizeof(float) * (M ? std::max<int64_t>(p.K - (Strided ? 0 : M), 0) : 0) * bulk_threads : 0)) / bulk_slots;
+  const int64_t out_step = Gradient ? p.stride_h : 1;
   int64_t band_rows = a.out_rows, planes = 1;
-  for (int64_t bands = 2; slot_bytes(1, band_rows) > room && band_rows > R; ++bands) band_rows = round_up(ceil_div(a.out_rows, bands), R);
-  a.columns = a.out_width, a.items = ceil_div(band_rows, R) * a.out_width;
+  for (int64_t bands = 2; slot_bytes(1, band_rows) > room && band_rows > R * out_step; ++bands) band_rows = round_up(ceil_div(a.out_rows, bands), R * out_step);
+  const int64_t columns = Strided && Gradient ? std::max<int64_t>(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : a.out_width;
+  a.columns = columns, a.items = ceil_div(band_rows, R * out_step) * out_step * columns;
   if (band_rows >= a.out_rows)
     while (2 * planes <= std::min<int64_t>(p.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= room) planes *= 2;
   band_rows = std::min<int64_t>(band_rows, a.out_rows);
@@ -1680,27 +1798,31 @@ template <class T, int R, int M, bool Gradient> Plan<Bulk> bulk_plan(const Call&
   a.planes = planes, a.band_rows = band_rows, a.bands = bands, a.chunks = p.N * bands, a.slices = slices;
   while (planes << a.log2_tx < bulk_threads) ++a.log2_tx;
   a.sums_at = round_up(sizeof(float) * planes * p.K, 16);
-  a.slots_at = a.sums_at + (Gradient ? sizeof(float) * std::max<int64_t>(p.K - M, 0) * bulk_threads : 0);
+  a.slots_at = a.sums_at + (Gradient ? sizeof(float) * (M ? std::max<int64_t>(p.K - (Strided ? 0 : M), 0) : 0) * bulk_threads : 0);
   a.out_at = in_bytes(planes, band_rows), a.slot_bytes = slot_bytes(planes, band_rows);
   plan.shared = a.slots_at + std::max<int64_t>(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
   const int64_t blocks = std::min<int64_t>(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
   if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
-  a.splits = deal(slices, a.chunks, blocks, 2);
+  // Of the splits that take as long the most: they fill the multiprocessors evenly.
+  const int64_t at_once = blocks * device.multiprocessors;
+  a.splits = std::min<int64_t>(a.chunks, ceil_div(slices * deal(slices, a.chunks, blocks, 2), at_once) * at_once / slices);
   plan.blocks = slices * a.splits, plan.threads = bulk_threads;
   plan.sums = {.blocks = a.splits, .dots = a.K}, plan.numbers = p.C * a.splits * (p.K + 1);
   return plan;
 }
 
-template <class T, int M, bool Gradient> Outcome bulk_by(const Call& c) {
-  constexpr int R = 8;
-  const Plan<Bulk> plan = bulk_plan<T, R, M, Gradient>(c);
+template <class T, int R, int M, bool Gradient, bool Strided> Outcome bulk_by(const Call& c) {
+  const Plan<Bulk> plan = bulk_plan<T, R, M, Gradient, Strided>(c);
   if (!plan.applies) return {};
-  return run<T>(bulk<T, R, M, Gradient>, plan, c, make_room<T>(plan, c));
+  return run<T>(bulk<T, R, M, Gradient, Strided>, plan, c, make_room<T>(plan, c));
 }
 
 template <class T> Outcome launch_bulk(const Call& c) {
-  if (c.p.K <= 3) return (c.transposed ? bulk_by<T, 3, true> : bulk_by<T, 3, false>)(c);
-  return (c.transposed ? bulk_by<T, 7, true> : bulk_by<T, 7, false>)(c);
+  const Problem& p = c.p;
+  const auto by = [&]<int R, int M, bool Strided> { return (c.transposed ? bulk_by<T, R, M, true, Strided> : bulk_by<T, R, M, false, Strided>)(c); };
+  if (p.stride_h > 1 || p.stride_w > 1) return by.template operator()<8, 2, true>();
+  if (p.K <= 3) return by.template operator()<8, 3, false>();
+  return std::max(p.H, p.H_out) <= 7 ? by.template operator()<7, 0, false>() : by.template operator()<8, 7, false>();
 }
 }  // namespace
 
@@ -1717,7 +1839,7 @@ const char* launch(const Call& c) {
   const bool aligned = alignment(c) >= 16, dense = p.stride_h == 1 && p.stride_w == 1;
   const int size = size_of(p.type), capability = current_device().capability;
   // The bulk copy engine takes contiguous planes as stretches of memory. Tensor cores take tiles: a third at least is to be used.
-  const bool stretches = capability >= 9 && dense && p.dilation == 1 && !last;
+  const bool stretches = capability >= 9 && p.dilation == 1 && !last && (dense || (!aligned && p.K <= 16 && p.stride_h <= p.K && p.stride_w <= 4));
   const int64_t H = ceil_div(back ? p.H : p.H_out, p.dilation), strip = last ? pixels : strip_bytes / size;
   const bool tiles = capability >= 8 && dense && 3 * p.W * H > round_up(p.W, strip) * round_up(H, step);
 
