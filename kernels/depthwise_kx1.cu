@@ -1210,15 +1210,13 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
   const bool manages = threadIdx.x / 32 == bulk_threads / 32 - 1, leads = threadIdx.x == bulk_threads - 32;
   int slice;
   const int split = a.slices(blockIdx.x, slice), first_channel = slice * a.planes, planes = min(a.planes, a.C - first_channel);
-  const int each = a.chunks / a.splits, more = a.chunks % a.splits;  // chunks that follow one another: L2 still has the rows that bands share
-  const int begin = split * each + min(split, more), count = each + (split < more);
   const float initial = !Gradient && bias && plane < planes ? widen(bias[first_channel + plane]) : 0;
 
   const auto load_chunk = [&](int turn) {
-    const int slot = turn % bulk_slots;
-    if (turn >= count) return;
+    const int index = split + turn * a.splits, slot = turn % bulk_slots;
+    if (index >= a.chunks) return;
     int band;
-    const int64_t first_plane = int64_t(a.bands(begin + turn, band)) * a.C + first_channel;
+    const int64_t first_plane = int64_t(a.bands(index, band)) * a.C + first_channel;
     const int row = band * a.band_rows, end = min(row + a.band_rows, a.out_rows);
     // From what row on tap 0 reaches, and up to where the last tap does, in rows of in.
     const auto reach = [&](int row) { return !Strided ? row + a.row_shift : Gradient ? a.step.steps(row + a.row_shift) : row * int(a.step.divisor) + a.row_shift; };
@@ -1247,7 +1245,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
   constexpr int held = M ? M : 2 * R - 1;
   float dots[held] = {}, near[held], bias_sum = 0, taps_sum = 0;  // near: for M = 0, the tap by which row i meets row r, at i - r + R - 1
   const auto finite = [](float sum) { return sum - sum == 0; };
-  for (int turn = 1 - bulk_slots; turn < count; ++turn) {
+  for (int turn = 1 - bulk_slots; split + turn * a.splits < a.chunks; ++turn) {
     if (leads) {
       if (turn < 0) {
         for (int i = 0; i < bulk_slots; ++i) begin_barrier(barriers + i);
@@ -1803,9 +1801,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   plan.shared = a.slots_at + std::max<int64_t>(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
   const int64_t blocks = std::min<int64_t>(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
   if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
-  // Of the splits that take as long the most: they fill the multiprocessors evenly.
-  const int64_t at_once = blocks * device.multiprocessors;
-  a.splits = std::min<int64_t>(a.chunks, ceil_div(slices * deal(slices, a.chunks, blocks, 2), at_once) * at_once / slices);
+  a.splits = deal(slices, a.chunks, blocks, 2);
   plan.blocks = slices * a.splits, plan.threads = bulk_threads;
   plan.sums = {.blocks = a.splits, .dots = a.K}, plan.numbers = p.C * a.splits * (p.K + 1);
   return plan;
