@@ -310,15 +310,15 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   static INLINE void conv(const Rows<E> out, int64_t out_rows, const Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
     constexpr int N = BYTES == 64 || vectors<E> == 1 ? 8 : 4;  // as many sums as registers hold
     constexpr int64_t step = at_once<E>;
-    const int64_t L = std::lcm(S, D), jump = L / S, every = L / D, wrap = step % period, tail = (slots - step) % period, least = K / every, more = K % every, w_step = every * w_tap, o_step = jump * out.stride;
+    const int64_t L = std::lcm(S, D), jump = L / S, every = L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride;
     for (int64_t start = 0; start < std::min(jump, out_rows); start++)
       for (int64_t m = start; m < out_rows; m += N * jump) {
-        const int64_t count = std::min<int64_t>(N, (out_rows - m + jump - 1) / jump), classes = std::min(every, K);
-        list<N>(table, in, in_rows, m * S + off, L, D, K, every, count);
+        const int64_t count = std::min<int64_t>(N, (out_rows - m + jump - 1) / jump);
+        const auto [k0, least, more, classes] = list<N>(table, in, in_rows, m * S + off, L, D, K, every, count);
         for (int64_t i = 0, j = 0; i < slots; i += step) {
           if (i > slots - step) i = slots - step, j = tail;
           const void** rows = table;
-          const E* wj = w + j;
+          const E* wj = w + k0 * w_tap + j;
           int64_t at = in.at(i);
           asm("" : "+r"(rows), "+r"(wj), "+r"(at));
           V sum[N][vectors<E>];
@@ -364,22 +364,26 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 #pragma GCC unroll 8
     for (int r = 0; r < N; r++, from += L * in.stride) __builtin_prefetch(from);
   }
-  // For each class of taps, k = c, c + every, ..., the rows that they and N rows of output meet
-  template <int N, class E> static INLINE void list(const void** table, const Rows<const E>& in, int64_t in_rows, int64_t first, int64_t L, int64_t D, int64_t K, int64_t every, int64_t count) {
-    for (int64_t c = 0; c < std::min(every, K); c++, first += D)
-      for (int64_t p = 0, n = (K - 1 - c) / every + N, q = first; p < n; p++, q += L) *table++ = q >= 0 && q < in_rows && p <= n - N + count - 1 ? in.data + q * in.stride : nullptr;
+  // The taps [k0, k1) some of whose rows exist, in classes, k = k0 + c, k0 + c + every, ...; for each, the rows that they and N rows of output meet
+  struct Taps { int64_t k0, least, more, classes; };  // c < more: one more than `least`
+  template <int N, class E> static INLINE Taps list(const void** table, const Rows<const E>& in, int64_t in_rows, int64_t first, int64_t L, int64_t D, int64_t K, int64_t every, int64_t count) {
+    const int64_t k0 = clamp(ceil_div(-first - (count - 1) * L, D), 0, K), k1 = clamp(ceil_div(in_rows - first, D), k0, K), taps = k1 - k0, classes = std::min(every, taps);
+    first += k0 * D;
+    for (int64_t c = 0; c < classes; c++, first += D)
+      for (int64_t p = 0, n = (taps - 1 - c) / every + N, q = first; p < n; p++, q += L) *table++ = q >= 0 && q < in_rows && p <= n - N + count - 1 ? in.data + q * in.stride : nullptr;
+    return {k0, taps / every, taps % every, classes};
   }
 
   // Sums of tap k += rows m of g times those rows m * S + off + k * D of x that exist. Slots share a sum every `period`; those of a last, overlapping vector have their own.
   template <int N, class E>
   static INLINE void dots(R* sums, int64_t tap, const Rows<const E> g, int64_t m, const Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t L, int64_t period, int64_t slots, const void** table) {
     constexpr int64_t width = at_once<E>;
-    const int64_t every = L / D, step = every * tap, classes = std::min(every, K), least = K / every, more = K % every, g_step = L / S * g.stride;
-    list<N>(table, x, x_rows, m * S + off, L, D, K, every, N);
+    const int64_t every = L / D, step = every * tap, g_step = L / S * g.stride;
+    const auto [k0, least, more, classes] = list<N>(table, x, x_rows, m * S + off, L, D, K, every, N);
     for (int64_t i = 0, s = 0; i < slots; i += width) {
       if (i > slots - width) i = slots - width, s = period;
       const void** rows = table;
-      R* to = sums + s;
+      R* to = sums + k0 * tap + s;
       int64_t at = x.at(i);
       const E* gi = g.data + m * g.stride + g.at(i);
       asm("" : "+r"(rows), "+r"(to), "+r"(at), "+r"(gi));
