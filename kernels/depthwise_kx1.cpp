@@ -478,7 +478,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
   const int64_t bands = j.bands, units = j.images * bands * j.column_tiles, w_tap = j.lanes + vector;
   const int64_t full = (ns + vector - 1) / vector * vector, tap = full + vector;
-  auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : s - s % vector + s % 2 * (vector / 2) + s % vector / 2; };  // of slot s, the even ones before the odd
+  auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t size = 2 * (K + 1) * w_tap + K * tap + ns + (j.direct ? ns : (j.in_rows + 2 * j.band) * ns);
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
@@ -494,7 +494,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       R* to = weights + k * w_tap;
       T* raw = raw_weights + k * w_tap;
       for (int64_t i = 0, c = c0; i < lanes; i++, c = c + 1 < p.C ? c + 1 : 0) raw[i] = from ? from[k < K ? c * K + k : c] : T{}, to[i] = load(raw[i]);
-      for (int64_t i = lanes, n; i < w_tap; i += n)
+      if (lanes == 1) std::fill(to, to + w_tap, *to), std::fill(raw, raw + w_tap, *raw);
+      for (int64_t i = lanes, n; i < w_tap && lanes > 1; i += n)
         n = std::min(i, w_tap - i), std::copy(to, to + n, to + i), std::copy(raw, raw + n, raw + i);
     }
     built = c0;
@@ -640,7 +641,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
              ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && j.lanes % at_once == 0 && p.C % at_once == 0));
   const int64_t units = j.images * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
-  j.groups = clamp(total / blocks / std::max({budget, total / 256, 8 * (p.K + 1) * j.slots}), 1, units);
+  j.groups = clamp(total / blocks / std::max({budget, total / 256, 8 * (p.K + 1) * j.slots, (j.forward ? 0 : 32 * (p.K + 1) * j.lanes)}), 1, units);
   const int64_t count = blocks * j.groups;
   std::vector<double> sums;
   if (j.want_weight || j.want_bias) sums.resize(count * (p.K + 1) * j.lanes);
@@ -650,19 +651,28 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   });
   if (sums.empty()) return;
   parallel(p.C, std::max<int64_t>(1, budget / (j.groups * (p.K + 1))), [&](int64_t b, int64_t e) {
-    for (int64_t c = b; c < e; c++)
-      for (int64_t k = 0; k <= p.K; k++) {
-        double s = 0;
-        for (int64_t v = c; v < j.channels; v += p.C)
-          for (int64_t g = 0; g < j.groups; g++) s += sums[((v / j.lanes * j.groups + g) * (p.K + 1) + k) * j.lanes + v % j.lanes];
-        void* to = k < p.K ? grad_weight : grad_bias;
-        int64_t i = k < p.K ? c * p.K + k : c;
-        if (!to) continue;
-        if (p.type == Type::f64) store((double*)to + i, s);
-        else if (p.type == Type::f32) store((float*)to + i, float(s));
-        else if (p.type == Type::f16) store((Half*)to + i, float(s));
-        else store((BFloat16*)to + i, float(s));
+    std::vector<double> s(e - b);
+    for (int64_t k = 0; k <= p.K; k++) {
+      void* to = k < p.K ? grad_weight : grad_bias;
+      if (!to) continue;
+      std::fill(s.begin(), s.end(), 0.0);
+      for (int64_t copy = 0; copy < j.channels; copy += p.C)
+        for (int64_t c = b, n; c < e; c += n) {
+          const int64_t v = copy + c, l = v % j.lanes;
+          n = std::min(e - c, j.lanes - l);
+          for (int64_t g = 0; g < j.groups; g++) {
+            const double* from = &sums[((v / j.lanes * j.groups + g) * (p.K + 1) + k) * j.lanes + l];
+            for (int64_t i = 0; i < n; i++) s[c - b + i] += from[i];
+          }
+        }
+      for (int64_t c = b; c < e; c++) {
+        const int64_t i = k < p.K ? c * p.K + k : c;
+        if (p.type == Type::f64) store((double*)to + i, s[c - b]);
+        else if (p.type == Type::f32) store((float*)to + i, float(s[c - b]));
+        else if (p.type == Type::f16) store((Half*)to + i, float(s[c - b]));
+        else store((BFloat16*)to + i, float(s[c - b]));
       }
+    }
   });
 }
 
