@@ -291,11 +291,11 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     if (t.nq <= 0) first = last = b;
     if (v.step == 1 && first <= a && last >= b) return;
     for (int64_t r = t.row; r < t.row + t.rows; r++)
-      for (int64_t c = a; c < b; c++) {
-        if (c >= first && c < last) {
-          if (v.step == 1 || (v.step == 2 && v.px == 1 && t.lanes == 1)) c = last;
-          else if ((c - first) % v.step == 0) continue;
-          if (c >= b) break;
+      for (int64_t c = a, slot = first; c < b; c++) {
+        if (c == slot && c < last) {
+          slot += v.step;
+          if (v.step > 1 && !(v.step == 2 && v.px == 1 && t.lanes == 1)) continue;
+          if ((c = last) >= b) break;
         }
         T* to = dst + r * v.row + c * v.px;
         if (v.lane == 1) put(to, values, t.present);
@@ -348,7 +348,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
           prefetch<N>(in, m * S + off + (K - 1) * D + N * L, L, at);
           if (in.skip)  // nor does it foresee what comes behind a gap
             for (const void** row = table; row < rows; row++)
-              if (*row) __builtin_prefetch((const E*)*row + at + 2 * (in.lanes + in.skip));
+              if (*row) __builtin_prefetch((const E*)*row + at + 2 * (in.lanes + in.skip), 0, 2);  // rows so many crowd one another out of the first cache
           E* to = out.data + m * out.stride + out.at(i);
 #pragma GCC unroll 8
           for (int r = 0; r < N; r++, to += o_step)
