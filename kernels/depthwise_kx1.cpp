@@ -296,11 +296,11 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     if (t.nq <= 0) first = last = b;
     if (v.step == 1 && first <= a && last >= b) return;
     for (int64_t r = t.row; r < t.row + t.rows; r++)
-      for (int64_t c = a; c < b; c++) {
-        if (c >= first && c < last) {
-          if (v.step == 1 || (v.step == 2 && v.px == 1 && t.lanes == 1)) c = last;
-          else if ((c - first) % v.step == 0) continue;
-          if (c >= b) break;
+      for (int64_t c = a, slot = first; c < b; c++) {
+        if (c == slot && c < last) {
+          slot += v.step;
+          if (v.step > 1 && !(v.step == 2 && v.px == 1 && t.lanes == 1)) continue;
+          if ((c = last) >= b) break;
         }
         T* to = dst + r * v.row + c * v.px;
         if (v.lane == 1) put(to, values, t.present);
@@ -315,15 +315,15 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   static INLINE void conv(const Rows<E> out, int64_t out_rows, const Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
     constexpr int N = BYTES == 64 || vectors<E> == 1 ? 8 : 4;  // as many sums as registers hold
     constexpr int64_t step = at_once<E>;
-    const int64_t L = std::lcm(S, D), jump = L / S, every = L / D, wrap = step % period, tail = (slots - step) % period, least = K / every, more = K % every, w_step = every * w_tap, o_step = jump * out.stride;
+    const int64_t L = std::lcm(S, D), jump = L / S, every = L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride;
     for (int64_t start = 0; start < std::min(jump, out_rows); start++)
       for (int64_t m = start; m < out_rows; m += N * jump) {
-        const int64_t count = std::min<int64_t>(N, (out_rows - m + jump - 1) / jump), classes = std::min(every, K);
-        list<N>(table, in, in_rows, m * S + off, L, D, K, every, count);
+        const int64_t count = std::min<int64_t>(N, (out_rows - m + jump - 1) / jump);
+        const auto [k0, least, more, classes] = list<N>(table, in, in_rows, m * S + off, L, D, K, every, count);
         for (int64_t i = 0, j = 0; i < slots; i += step) {
           if (i > slots - step) i = slots - step, j = tail;
           const void** rows = table;
-          const E* wj = w + j;
+          const E* wj = w + k0 * w_tap + j;
           int64_t at = in.at(i);
           asm("" : "+r"(rows), "+r"(wj), "+r"(at));
           V sum[N][vectors<E>];
@@ -353,7 +353,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
           prefetch<N>(in, m * S + off + (K - 1) * D + N * L, L, at);
           if (in.skip)  // nor does it foresee what comes behind a gap
             for (const void** row = table; row < rows; row++)
-              if (*row) __builtin_prefetch((const E*)*row + at + 2 * (in.lanes + in.skip));
+              if (*row) __builtin_prefetch((const E*)*row + at + 2 * (in.lanes + in.skip), 0, 2);  // rows so many crowd one another out of the first cache
           E* to = out.data + m * out.stride + out.at(i);
 #pragma GCC unroll 8
           for (int r = 0; r < N; r++, to += o_step)
@@ -369,22 +369,26 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 #pragma GCC unroll 8
     for (int r = 0; r < N; r++, from += L * in.stride) __builtin_prefetch(from);
   }
-  // For each class of taps, k = c, c + every, ..., the rows that they and N rows of output meet
-  template <int N, class E> static INLINE void list(const void** table, const Rows<const E>& in, int64_t in_rows, int64_t first, int64_t L, int64_t D, int64_t K, int64_t every, int64_t count) {
-    for (int64_t c = 0; c < std::min(every, K); c++, first += D)
-      for (int64_t p = 0, n = (K - 1 - c) / every + N, q = first; p < n; p++, q += L) *table++ = q >= 0 && q < in_rows && p <= n - N + count - 1 ? in.data + q * in.stride : nullptr;
+  // The taps [k0, k1) some of whose rows exist, in classes, k = k0 + c, k0 + c + every, ...; for each, the rows that they and N rows of output meet
+  struct Taps { int64_t k0, least, more, classes; };  // c < more: one more than `least`
+  template <int N, class E> static INLINE Taps list(const void** table, const Rows<const E>& in, int64_t in_rows, int64_t first, int64_t L, int64_t D, int64_t K, int64_t every, int64_t count) {
+    const int64_t k0 = clamp(ceil_div(-first - (count - 1) * L, D), 0, K), k1 = clamp(ceil_div(in_rows - first, D), k0, K), taps = k1 - k0, classes = std::min(every, taps);
+    first += k0 * D;
+    for (int64_t c = 0; c < classes; c++, first += D)
+      for (int64_t p = 0, n = (taps - 1 - c) / every + N, q = first; p < n; p++, q += L) *table++ = q >= 0 && q < in_rows && p <= n - N + count - 1 ? in.data + q * in.stride : nullptr;
+    return {k0, taps / every, taps % every, classes};
   }
 
   // Sums of tap k += rows m of g times those rows m * S + off + k * D of x that exist. Slots share a sum every `period`; those of a last, overlapping vector have their own.
   template <int N, class E>
   static INLINE void dots(R* sums, int64_t tap, const Rows<const E> g, int64_t m, const Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t L, int64_t period, int64_t slots, const void** table) {
     constexpr int64_t width = at_once<E>;
-    const int64_t every = L / D, step = every * tap, classes = std::min(every, K), least = K / every, more = K % every, g_step = L / S * g.stride;
-    list<N>(table, x, x_rows, m * S + off, L, D, K, every, N);
+    const int64_t every = L / D, step = every * tap, g_step = L / S * g.stride;
+    const auto [k0, least, more, classes] = list<N>(table, x, x_rows, m * S + off, L, D, K, every, N);
     for (int64_t i = 0, s = 0; i < slots; i += width) {
       if (i > slots - width) i = slots - width, s = period;
       const void** rows = table;
-      R* to = sums + s;
+      R* to = sums + k0 * tap + s;
       int64_t at = x.at(i);
       const E* gi = g.data + m * g.stride + g.at(i);
       asm("" : "+r"(rows), "+r"(to), "+r"(at), "+r"(gi));
@@ -479,7 +483,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
   const int64_t bands = j.bands, units = j.images * bands * j.column_tiles, w_tap = j.lanes + vector;
   const int64_t full = (ns + vector - 1) / vector * vector, tap = full + vector;
-  auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : s - s % vector + s % 2 * (vector / 2) + s % vector / 2; };  // of slot s, the even ones before the odd
+  auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t size = 2 * (K + 1) * w_tap + K * tap + ns + (j.direct ? ns : (j.in_rows + 2 * j.band) * ns);
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
@@ -495,7 +499,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       R* to = weights + k * w_tap;
       T* raw = raw_weights + k * w_tap;
       for (int64_t i = 0, c = c0; i < lanes; i++, c = c + 1 < p.C ? c + 1 : 0) raw[i] = from ? from[k < K ? c * K + k : c] : T{}, to[i] = load(raw[i]);
-      for (int64_t i = lanes, n; i < w_tap; i += n)
+      if (lanes == 1) std::fill(to, to + w_tap, *to), std::fill(raw, raw + w_tap, *raw);
+      for (int64_t i = lanes, n; i < w_tap && lanes > 1; i += n)
         n = std::min(i, w_tap - i), std::copy(to, to + n, to + i), std::copy(raw, raw + n, raw + i);
     }
     built = c0;
@@ -641,7 +646,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
              ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && j.lanes % at_once == 0 && p.C % at_once == 0));
   const int64_t units = j.images * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
-  j.groups = clamp(total / blocks / std::max({budget, total / 256, 8 * (p.K + 1) * j.slots}), 1, units);
+  j.groups = clamp(total / blocks / std::max({budget, total / 256, 8 * (p.K + 1) * j.slots, (j.forward ? 0 : 32 * (p.K + 1) * j.lanes)}), 1, units);
   const int64_t count = blocks * j.groups;
   std::vector<double> sums;
   if (j.want_weight || j.want_bias) sums.resize(count * (p.K + 1) * j.lanes);
@@ -651,19 +656,28 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   });
   if (sums.empty()) return;
   parallel(p.C, std::max<int64_t>(1, budget / (j.groups * (p.K + 1))), [&](int64_t b, int64_t e) {
-    for (int64_t c = b; c < e; c++)
-      for (int64_t k = 0; k <= p.K; k++) {
-        double s = 0;
-        for (int64_t v = c; v < j.channels; v += p.C)
-          for (int64_t g = 0; g < j.groups; g++) s += sums[((v / j.lanes * j.groups + g) * (p.K + 1) + k) * j.lanes + v % j.lanes];
-        void* to = k < p.K ? grad_weight : grad_bias;
-        int64_t i = k < p.K ? c * p.K + k : c;
-        if (!to) continue;
-        if (p.type == Type::f64) store((double*)to + i, s);
-        else if (p.type == Type::f32) store((float*)to + i, float(s));
-        else if (p.type == Type::f16) store((Half*)to + i, float(s));
-        else store((BFloat16*)to + i, float(s));
+    std::vector<double> s(e - b);
+    for (int64_t k = 0; k <= p.K; k++) {
+      void* to = k < p.K ? grad_weight : grad_bias;
+      if (!to) continue;
+      std::fill(s.begin(), s.end(), 0.0);
+      for (int64_t copy = 0; copy < j.channels; copy += p.C)
+        for (int64_t c = b, n; c < e; c += n) {
+          const int64_t v = copy + c, l = v % j.lanes;
+          n = std::min(e - c, j.lanes - l);
+          for (int64_t g = 0; g < j.groups; g++) {
+            const double* from = &sums[((v / j.lanes * j.groups + g) * (p.K + 1) + k) * j.lanes + l];
+            for (int64_t i = 0; i < n; i++) s[c - b + i] += from[i];
+          }
+        }
+      for (int64_t c = b; c < e; c++) {
+        const int64_t i = k < p.K ? c * p.K + k : c;
+        if (p.type == Type::f64) store((double*)to + i, s[c - b]);
+        else if (p.type == Type::f32) store((float*)to + i, float(s[c - b]));
+        else if (p.type == Type::f16) store((Half*)to + i, float(s[c - b]));
+        else store((BFloat16*)to + i, float(s[c - b]));
       }
+    }
   });
 }
 
