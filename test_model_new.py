@@ -594,7 +594,8 @@ def test_import_without():
                 wrong += badly_raised(what, expected(), error, words)
                 if time.perf_counter() - start > 2 and what != "correct kernels":
                     wrong.append(f"{what}: took {time.perf_counter() - start:.1f} s")
-    paste((HERE / "model_new.py").read_text())  # in the working directory there are kernels
+    with environment(HERE):
+        paste((HERE / "model_new.py").read_text())  # in the working directory there are kernels
     no_failures(wrong)
 
 
