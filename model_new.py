@@ -6,6 +6,7 @@ torch.utils.cpp_extension.load_inline at the first import and cached in TORCH_EX
 python model_new.py                  time the layer on the reference problem
 python model_new.py --bundle FILE|-  write this file with the kernel sources inside it
 """
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -16,6 +17,7 @@ import operator
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -112,7 +114,8 @@ class _Explain:
 
 def _build(library, **options):
     """Builds in a fresh folder, loads, and moves the result to its final name in one step, so that no half-written library
-    is ever seen; false if another process has just done so. One process builds at a time; the system frees the lock of one that dies, the next clears what it left."""
+    is ever seen; false if another process has just done so. One process builds at a time; the system frees the lock of one that dies,
+    the next clears what it left and ends its compilers, which would take the processors from its own."""
     root, name = os.path.dirname(library), os.path.splitext(os.path.basename(library))[0]
     with _Explain(root):
         os.makedirs(root, exist_ok=True)
@@ -121,12 +124,17 @@ def _build(library, **options):
             if os.path.exists(library):
                 return False
             for stale in glob.glob(glob.escape(f"{root}/{name}.build") + "*"):
+                for working in glob.glob("/proc/[0-9]*/cwd"):
+                    with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+                        if os.readlink(working) == os.path.realpath(stale):
+                            os.kill(int(working.split("/")[2]), signal.SIGTERM)
                 shutil.rmtree(stale, ignore_errors=True)
             if shutil.disk_usage(root).free < 32 << 20:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with tempfile.TemporaryDirectory(prefix=f"{name}.build", dir=root, ignore_cleanup_errors=True) as folder:
                 _compile(name, folder, **options)
-                os.replace(glob.glob(glob.escape(folder) + "/*.so")[0], library)
+                os.replace(glob.glob(glob.escape(folder) + "/*.so")[0], f"{root}/{name}.built")
+            os.replace(f"{root}/{name}.built", library)
     return True
 
 
