@@ -329,32 +329,27 @@ struct Toeplitz : Pass {
   int column_begin, advance, last_column;  // of the strips, in out: where the first and the last begin, and from one to the next
   Divisor dilation, strips;              // strips: of a plane
   int lines;                             // strips of all planes of a channel
-  Divisor steps, residues;               // steps of 32 rows of a residue class, residue classes of a strip
+  Divisor bands, residues;               // of a strip
   int sets, groups, side;                // a block keeps one of the sets of channels: one, or `groups` times 8; it has `side` strips of each
-  int all, each, splits;                 // steps of a set, of `side` strips at once, which `splits` blocks share, `each` a block
+  int band_steps, units, splits;         // unit: a band of `side` strips; a set's are dealt to `splits` blocks
   int in_pitch, x_pitch, out_pitch;      // of rows in shared memory, in bytes
   int ring_pairs, ring_offset, x_offset, dots_offset, out_offset, warp_bytes;  // of a warp's shared memory
 };
 
-// Of the steps [at, end) of a strip those in one residue class: plane (an image if channels_last), first row and column in out, steps
-// (less than 1: none) and rows; where the others begin.
-struct Band { int n, row, column, steps, rows, next; bool busy; };
-__device__ Band band(const Toeplitz& a, int at, int end, int strip) {
+// A band of a strip: plane (an image if channels_last), first row and column in out, steps and rows.
+struct Band { int n, row, column, steps, rows; bool busy; };
+__device__ Band band(const Toeplitz& a, int unit, int strip) {
   Band of;
-  int residue, first, s;
-  const int line = a.residues(a.steps(at, first), residue) * a.side + strip;
+  int residue, index, s;
+  const int line = a.residues(a.bands(unit, index), residue) * a.side + strip;
   of.n = a.strips(line, s), of.column = a.column_begin + s * a.advance, of.busy = line < a.lines;
-  of.row = residue + first * step * int(a.dilation.divisor), of.rows = a.dilation.steps(a.out_rows - of.row);
-  of.next = at - first + int(a.steps.divisor), of.steps = min(min(of.next, end) - at, (of.rows + step - 1) / step);
+  of.row = residue + index * a.band_steps * step * int(a.dilation.divisor), of.rows = a.dilation.steps(a.out_rows - of.row);
+  of.steps = min(a.band_steps, (of.rows + step - 1) / step);
   return of;
 }
-// The next band with some steps, from `next` on, begins at `at`; its steps, 0 for none.
-__device__ int next_steps(const Toeplitz& a, int& at, int& next, int end) {
+__device__ int next_steps(const Toeplitz& a, int& unit) {  // of the next unit that has some
   int steps = 0;
-  while (steps <= 0 && next < end) {
-    const Band of = band(a, at = next, end, 0);
-    steps = of.steps, next = of.next;
-  }
+  while (steps <= 0 && (unit += a.splits) < a.units) steps = band(a, unit, 0).steps;
   return steps;
 }
 
@@ -431,20 +426,20 @@ __device__ void store_16(void* to, uint4 v) {
 
 // Starts to copy 32 rows of a strip, `row_bytes` apart, to rows `pitch` apart that are congruent to them modulo 16 bytes; zeros for
 // rows outside [lo, hi) and to the right of byte `end` of a row; bytes before `begin` are not used.
-// Aligned: the warps of a block share the rows of all, and a lane to the right of `end` has no rows. (Unrolled loops behind `if constexpr` are in braces: without, nvcc 13.0 drops the loop and says nothing.)
+// Aligned: the warps of a block share the rows of all. (Unrolled loops behind `if constexpr` are in braces: without, nvcc 13.0 drops the loop and says nothing.)
 template <bool Aligned> __device__ void copy_pair(unsigned char* to, int pitch, const char* from, int64_t row_bytes, int lo, int hi, int begin, int end) {
   const int lane = threadIdx.x % 32;
   if constexpr (Aligned) {
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, rows = 4 / warps, offset = lane % 8 * 16;
     int row = warp * 8 * rows + lane / 8 / warps;
     to += row * pitch + offset, from += row * row_bytes + offset;
-    if (lo <= 0 && hi >= step) {
+    if (lo <= 0 && hi >= step && offset < end) {
 #pragma unroll
       for (int i = 0; i < 8; ++i, to += rows * pitch, from += rows * row_bytes) copy_async(to, from, 16);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i, row += rows, to += rows * pitch, from += rows * row_bytes) {
-        if (row >= lo && row < hi) copy_async(to, from, 16);
+        if (row >= lo && row < hi && offset < end) copy_async(to, from, 16);
         else *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
       }
     }
@@ -522,11 +517,11 @@ template <class T> __device__ int owned(const Toeplitz& a, const T* row, int col
   return lo + (head - lo & 7);
 }
 
-// A step's 32 rows of a band from the definition.
+// 32 rows of a strip from the definition.
 template <class T>
-__device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weight, float bias, T* out, const Band& of, int c, int s) {
-  const int d = a.dilation.divisor, first_row = of.row + s * step * d, first_column = of.column;
-  const int64_t plane = int64_t(of.n) * a.C + c;
+__device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weight, float bias, T* out, int n, int c, int first_row, int first_column) {
+  const int d = a.dilation.divisor;
+  const int64_t plane = int64_t(n) * a.C + c;
   in += plane * a.in_plane, weight += int64_t(c) * a.K, out += plane * a.out_plane;
   for (int i = threadIdx.x % 32; i < step * strip<T>; i += 32) {
     const int row = first_row + i / strip<T> * d, column = first_column + i % strip<T>, in_column = column + a.column_shift;
@@ -568,30 +563,32 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   const auto skipped = [](const T* at) { return Aligned ? 0 : int(reinterpret_cast<uintptr_t>(at) & 15); };
   const int lead = tiles / 2;  // pairs before the one that completes a step's
 
-  // Copies the next of a band's steps + lead pairs of `in`, or the rows of x of the step that it completes; after the last band zeros.
+  // Copies the next pair of `in`, the `pair`-th of steps + lead of its unit, or the rows of x of the step that it completes. Where
+  // registers allow, where rows lie is worked out once a unit.
+  constexpr bool keeps_rows = Gradient || P > 1;
   struct Rows { const char* at; int to, lo, hi, begin, end; };
-  Rows in_rows{}, x_rows{};
-  const int end = min((split + 1) * a.each, a.all);
-  int next = split * a.each, steps = 0, left = 0, slot = 0;  // left: pairs of the band
+  Rows in_rows, x_rows;
+  int fetched_unit = split - a.splits, pair = 0, pairs = 0, slot = 0;
   const auto fetch = [&]<bool of_x> {
-    if (!of_x && left-- == 0) {
-      int begin = next;
-      steps = next_steps(a, begin, next, end), left = steps + lead - 1;
-      const int copied = Aligned ? lane / 8 % warps : warp;
-      const Band of = band(a, begin, end, copied);
-      const auto rows_of = [&](const T* at, int rows, int width, int row, int column) {
-        const int begin = -int(sizeof(T)) * column, end = min(strip<T>, width - column) * int(sizeof(T));
-        const bool there = steps > 0 && of.busy && (!Aligned || lane % 8 * 16 < end);
-        return Rows{reinterpret_cast<const char*>(at), (copied - warp) * a.warp_bytes + skipped(at), a.dilation.steps(-row), there ? a.dilation.steps(rows - row) : 0, begin, end};
-      };
-      in_rows = rows_of(place_in(of), a.in_rows, a.in_width, of.row + a.row_shift, of.column + a.column_shift);
-      if (Gradient && a.has_dots) x_rows = rows_of(place_x(of), a.out_rows, a.out_width, of.row, of.column);
+    if (!of_x && pair++ == pairs) {
+      const int steps = next_steps(a, fetched_unit);
+      pairs = steps + lead, pair = steps > 0;
     }
-    if (!of_x || (a.has_dots && left < steps)) {
+    const int first = pair - 1 - (of_x ? lead : 0);
+    if (pair > 0 && first >= 0 && (!of_x || a.has_dots)) {
       Rows& rows = of_x ? x_rows : in_rows;
-      const int64_t row_bytes = int64_t(d) * (of_x ? a.out_width : a.in_width) * sizeof(T);
-      copy_pair<Aligned>(mine + rows.to + (of_x ? a.x_offset : slot * step * in_pitch), of_x ? x_pitch : in_pitch,
-                         rows.at, row_bytes, rows.lo, rows.hi, rows.begin, rows.end);
+      const int width = of_x ? a.out_width : a.in_width;
+      const int64_t row_bytes = int64_t(d) * width * sizeof(T);
+      if (first == 0 || !keeps_rows) {
+        const int copied = Aligned ? lane / 8 % warps : warp;
+        const Band of = band(a, fetched_unit, copied);
+        const T* const at = of_x ? place_x(of) : place_in(of);
+        const int row = of_x ? of.row : of.row + a.row_shift, column = of_x ? of.column : of.column + a.column_shift;
+        rows.at = reinterpret_cast<const char*>(at) + first * step * row_bytes, rows.to = (copied - warp) * a.warp_bytes + skipped(at);
+        rows.lo = a.dilation.steps(-row) - first * step, rows.hi = of.busy ? a.dilation.steps((of_x ? a.out_rows : a.in_rows) - row) - first * step : 0;
+        rows.begin = -int(sizeof(T)) * column, rows.end = min(strip<T>, width - column) * int(sizeof(T));
+      }
+      copy_pair<Aligned>(mine + rows.to + (of_x ? a.x_offset : slot * step * in_pitch), of_x ? x_pitch : in_pitch, rows.at, row_bytes, rows.lo, rows.hi, rows.begin, rows.end);
       rows.at += step * row_bytes, rows.lo -= step, rows.hi -= step;
     }
     if (!of_x) slot = slot + 1 == a.ring_pairs ? 0 : slot + 1;
@@ -616,13 +613,10 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   __syncthreads();
 
   float bias_sum[4] = {};
-  Band of;
-  for (int first = split * a.each; first < end; first = of.next) {
-    of = band(a, first, end, warp);
-    if (of.steps <= 0) continue;
+  for (int unit = split - a.splits; next_steps(a, unit) > 0;) {
+    const Band of = band(a, unit, warp);
     const int in_skipped = skipped(place_in(of)), x_skipped = Gradient ? skipped(place_x(of)) : 0;
     const bool overlapped = !Aligned && of.column != a.last_column && a.advance < strip<T>;  // by the next strip
-    T* const to = out + place(of.n, a.out_plane, a.out_width, of.row, of.column);
     for (int s = -lead; s < of.steps; ++s) {
       __syncthreads();
       fetch_in();  // to the slot before that of the step's first pair, which the step before read first
@@ -737,6 +731,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       }
       if (Gradient && !out) continue;
 
+      const int row = of.row + s * step * d;
       if (!Aligned && of.column + a.column_shift < 0) {  // copies began before the rows
 #pragma unroll
         for (int i = 0; i < 2 * N; ++i)
@@ -756,15 +751,14 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       }
       const Packed<T, per_word> most = reinterpret_cast<const Packed<T, per_word>&>(nan);
       if (__any_sync(~0u, isnan(widen(most.at[0])) || isnan(widen(most.at[per_word - 1])))) {
-        redo(a, in, weight, initial, out, band(a, first, end, warp), c, s);
+        redo(a, in, weight, initial, out, of.n, c, row, of.column);
         continue;
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t row_numbers = int64_t(d) * a.out_width;
-        T* const block_to = to + (s * step + half * 16) * row_numbers;
+        T* const to = out + place(of.n, a.out_plane, a.out_width, row + half * 16 * d, of.column);
         const int rows = of.rows - s * step - half * 16;
-        unsigned char* const staged = mine + a.out_offset + skipped(block_to);
+        unsigned char* const staged = mine + a.out_offset + skipped(to);
         if (!Aligned) __syncwarp();
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -773,7 +767,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
             const uint32_t* const v = packed[half][h] + group * words;
             const int r = g + 8 * h, column = (group * 8 + 2 * q) * J;
             if constexpr (Aligned) {
-              if (r < rows && of.column + column < a.out_width) store_16(block_to + r * row_numbers + column, make_uint4(v[0], v[1], v[2], v[3]));
+              if (r < rows && of.column + column < a.out_width) store_16(to + int64_t(r) * d * a.out_width + column, make_uint4(v[0], v[1], v[2], v[3]));
             } else {
               unsigned char* const at = staged + r * a.out_pitch + column * 2;
 #pragma unroll
@@ -786,7 +780,8 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
         }
         if constexpr (!Aligned) {
           __syncwarp();
-          T* const own_row = block_to + lane / 8 * row_numbers;
+          const int64_t row_numbers = int64_t(d) * a.out_width;
+          T* const own_row = to + lane / 8 * row_numbers;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int r = i * 4 + lane / 8;
@@ -799,7 +794,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
           for (int right = of.column != a.column_begin; right <= (of.column == a.last_column); ++right)
 #pragma unroll 1
             for (int r = lane / 8; r < min(rows, 16); r += 4) {
-              T* const row = block_to + r * row_numbers;
+              T* const row = to + r * row_numbers;
               int lo, hi;
               const int first = owned(a, row, of.column, lo, hi);
               const int column = lane % 8 + (right ? max(first, hi - (hi - first & 7)) : lo);
@@ -895,21 +890,20 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
   const int copied_pixel = vector / a.groups % pixels, copied_channel = set_channel + vector % a.groups * 8;
   const int copied_at = (copied_side * a.groups + vector % a.groups) * a.warp_bytes + copied_row * pitch + copied_pixel * 16;
 
-  const int end = min((split + 1) * a.each, a.all);
-  int band_at = 0, next = split * a.each, pair = 0, pairs = 0, slot = 0;
+  int unit = split - a.splits, pair = 0, pairs = 0, slot = 0;
   const auto next_block = [&](int block) { return block += 16 * pitch, block == ring + a.ring_pairs * pair_bytes ? ring : block; };
   // Rows that the thread copies next, and which of them there are.
   struct Rows { const T* from; int lo, hi; };
-  // Calls body(s, its first block) for each step s of all bands, before that begin(where it begins) for each band, at once prepare(). Copying, it
+  // Calls body(s, its first block) for each step s of all units, before that begin(unit) for each unit, at once prepare(). Copying, it
   // fetches `in`, pair after pair of blocks, and rows of x for the step that a pair completes.
   const auto each_step = [&]<bool Copying>(auto&& prepare, auto&& begin, auto&& body) {
     Rows in_rows{}, x_rows{};
     const auto fetch = [&] {
       if (pair++ == pairs) {
-        const int steps = next_steps(a, band_at, next, end);
+        const int steps = next_steps(a, unit);
         pairs = steps + lead, pair = steps > 0;
         const auto place = [&](const T* first, int rows, int width, int64_t row_numbers, int row_shift, int column_shift) {
-          const Band of = band(a, band_at, end, copied_side);
+          const Band of = band(a, unit, copied_side);
           const int row = of.row + row_shift, column = of.column + copied_pixel + column_shift;
           const bool there = of.busy && copied_channel < a.C && column >= 0 && column < width;
           return Rows{first + ((int64_t(of.n) * rows + row) * width + column) * a.C + copied_channel + copied_row * row_numbers,
@@ -933,7 +927,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     prepare();
     while (pair > 0) {
       const int s = pair - 1 - lead;
-      if (pair == 1) begin(band_at);
+      if (pair == 1) begin(unit);
       __syncthreads();
       fetch();  // to the slot before that of the step's first pair, which the step before read first
       await_copies<1>();
@@ -956,7 +950,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
   const auto sums = [&](int strip_at) { return reinterpret_cast<float*>(shared + strip_at) + tiles * 256; };
   if (role == 0) {
     T* to;
-    int left, own_band;  // rows that the thread writes
+    int left, own_unit;  // rows that the thread writes
     float bias_sum = 0;  // of channel g, pixels 2 q and 2 q + 1
     each_step.template operator()<true>([&] {
       // Pairs of taps from -15 on for 8 channels, those of 4 channels side by side. No branches, so that loads are under way together.
@@ -972,9 +966,9 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           reinterpret_cast<uint32_t*>(shared + mine)[i * 4 + lane % 4] = tap(k) | tap(k + 1) << 16;
         }
       }
-    }, [&](int at) {
-      own_band = at;
-      const Band copied = band(a, at, end, copied_side);
+    }, [&](int unit) {
+      own_unit = unit;
+      const Band copied = band(a, unit, copied_side);
       const int column = copied.column + copied_pixel;
       to = out + ((int64_t(copied.n) * a.out_rows + copied.row + copied_row * d) * a.out_width + column) * a.C + copied_channel;
       left = (!Gradient || out) && copied.busy && copied_channel < a.C && column >= 0 && column < a.out_width ? copied.rows - copied_row : 0;
@@ -988,7 +982,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           block = next_block(block);
         };
         if (Gradient && a.has_bias_sum) {  // a block counts where tap 0 meets it, or in the last step
-          const int count = (s + 1) * step >= band(a, own_band, end, 0).rows ? tiles : 1;
+          const int count = (s + 1) * step >= band(a, own_unit, 0).rows ? tiles : 1;
           constexpr uint32_t ones = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
 #pragma unroll 1
           for (int u = 0; u <= count; ++u) {
@@ -1048,7 +1042,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           }
         constexpr uint32_t infinity = std::is_same_v<T, __half> ? 0x7c00 : 0x7f80;
         if ((nan & 0x7fff) > infinity || (nan >> 16 & 0x7fff) > infinity) {
-          const Band of = band(a, own_band, end, copied_side);
+          const Band of = band(a, own_unit, copied_side);
 #pragma unroll 1
           for (int i = s * step; i < (s + 1) * step && i < left; i += 4) redo(a, in, weight, bias, out, of.n, of.row + (i + copied_row) * d, of.column + copied_pixel, copied_channel);
         }
@@ -1107,12 +1101,12 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       if (set_channel + c >= a.C) break;
       float sum = 0;
 #pragma unroll 1
-      for (int s = c / 8; s < a.groups * a.side; s += a.groups) {
+      for (int s = c / 8; s < strips; s += a.groups) {
         const float* const of = sums(s * a.warp_bytes) + c % 8 * 32;
         if (k == a.K) sum += of[31];
         else if (a.has_dots) sum += of[k / 16 * 256 + 15 + k % 16] + (k % 16 ? of[(k / 16 + 1) * 256 + k % 16 - 1] : 0);
       }
-      partial[(int64_t(set_channel + c) * a.splits + blockIdx.x / a.sets) * (a.K + 1) + (k == a.K ? k : a.K - 1 - k)] = sum;
+      partial[(int64_t(set_channel + c) * a.splits + split) * (a.K + 1) + (k == a.K ? k : a.K - 1 - k)] = sum;
     }
   }
 }
@@ -1335,8 +1329,10 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
         if (Gradient && reached) {
 #pragma unroll
           for (int n = 0; n < held; ++n) {
+            float dot = 0;
 #pragma unroll 1
-            for (int r = max(R - 1 - n, 0); r < min(out_rows, in_rows + R - 1 - n); ++r) dots[n] += widen(to[r * W_out]) * widen(from[(r + n - (R - 1)) * W]);
+            for (int r = max(R - 1 - n, 0); r < min(out_rows, in_rows + R - 1 - n); ++r) dot += widen(to[r * W_out]) * widen(from[(r + n - (R - 1)) * W]);
+            dots[n] += dot;
           }
         }
         if (out) define();
@@ -1434,15 +1430,17 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     __syncthreads();
     float* const all = reinterpret_cast<float*>(shared + a.slots_at);
     const int width = min(tx, 32);
-    for (int i = 0; i <= K; ++i) {
-      float sum = i == K ? bias_sum : 0;
-#pragma unroll
-      for (int m = 0; m < held; ++m)
-        if (i < K && m == (M ? i : i + R - 1 + a.row_shift)) sum = dots[m];
-      if (M && i >= in_registers && i < K) sum = sums[(i - in_registers) * bulk_threads];
+    const auto put = [&](int k, float sum) {
       for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-      if (lane % width == 0) all[i * bulk_threads + threadIdx.x] = sum;
+      if (lane % width == 0) all[k * bulk_threads + threadIdx.x] = sum;
+    };
+#pragma unroll
+    for (int m = 0; m < held; ++m) {
+      const int k = M ? m : m - (R - 1) - a.row_shift;
+      if (k >= 0 && k < (M ? min(in_registers, K) : K)) put(k, dots[m]);
     }
+    for (int k = M ? in_registers : K; k < K; ++k) put(k, sums[(k - in_registers) * bulk_threads]);
+    put(K, bias_sum);
     __syncthreads();
     for (int i = lane; i <= K && plane < planes; i += tx) {
       float sum = 0;
@@ -1733,19 +1731,18 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   }
   if (!(plan.applies = most > 0)) return plan;
 
-  // Blocks get equal numbers of steps, whole strips if that is as fast: a band's first steps read rows of the steps before. Costs are in
-  // quarters of a step. More waves than needed: smaller blocks, which the device starts in the order of memory, share what they read of it.
+  // As few bands as keep the device busy: their first steps read rows of the band before. Costs are in quarters of a step.
+  // More waves than needed: smaller blocks, which the device starts in the order of memory, share what they read of it.
   const int warps = a.groups * a.side;
   const int64_t least = gradient || last ? 1 : aligned ? 2 : 8, blocks = device.multiprocessors * resident(warps);
-  const int64_t steps = ceil_div(ceil_div(a.out_rows, p.dilation), step), all = ceil_div(lines, a.side) * residues * steps;
-  a.steps = steps, a.all = all;
+  const int64_t steps = ceil_div(ceil_div(a.out_rows, p.dilation), step), sides = ceil_div(lines, a.side);
   int64_t best = INT64_MAX;
-  for (int64_t waves = least; waves <= 4 * least; ++waves) {
-    const int64_t share = ceil_div(all, std::clamp<int64_t>(blocks * waves / a.sets, 1, all));
-    for (int64_t each : {round_up(share, steps), share}) {
-      const int64_t splits = ceil_div(all, each), begun = each % steps ? 8 : 0;
-      const int64_t cost = ceil_div(a.sets * splits, blocks) * (4 * each + ceil_div(each, steps) * (a.tiles / 2) + begun + 4);
-      if (cost < best) best = cost, a.each = each, a.splits = splits;
+  for (int64_t bands = 1; bands <= std::min<int64_t>(steps, 64); ++bands) {
+    const int64_t band_steps = ceil_div(steps, bands), units = sides * residues * ceil_div(steps, band_steps);
+    for (int64_t waves = least; waves <= 4 * least; ++waves) {
+      const int64_t splits = std::clamp<int64_t>(blocks * waves / a.sets, 1, units), each = ceil_div(units, splits);
+      const int64_t cost = ceil_div(a.sets * splits, blocks) * (each * (4 * band_steps + (bands > 1 ? 2 : 1) * (a.tiles / 2)) + 4);
+      if (cost < best) best = cost, a.bands = ceil_div(steps, band_steps), a.band_steps = band_steps, a.units = units, a.splits = ceil_div(units, each);
     }
   }
   plan.blocks = int64_t(a.sets) * a.splits, plan.threads = 32 * warps * roles, plan.shared = shared(warps);
