@@ -1843,7 +1843,7 @@ const char* launch(const Call& c) {
       {stretches && half && !aligned && p.K <= 16, bulk},
       {stretches && half && back && p.K <= 3, bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
-      {stretches && f32 && !back && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
+      {stretches && f32 && !back && dense && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
       {tiles && half && last && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
       {tiles && half && !last && p.K > (aligned_tiles(c) && !back ? 3 : 2), by_type(nullptr, toeplitz_f16, toeplitz_bf16)},
       {tiles && f32 && !last && p.K > 21, toeplitz_f32},
