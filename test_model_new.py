@@ -106,6 +106,8 @@ CASES = [Case(*row) for row in [
     ("72 channels, 33 taps",       (2, 72, 70, 11),    33, 1,     (16, 0), 1,       True),
     ("40 channels, dilation 2",    (3, 40, 50, 19),    9, 1,      (8, 2),  2,       True),
     ("small planes",               (5, 70, 7, 7),      7, 1,      (3, 0),  1,       True),
+    ("low planes, many taps",      (2, 3, 5, 211),     15, 1,     (7, 0),  1,       True),
+    ("low planes, more taps",      (1, 2, 2, 2377),    35, 1,     (17, 0), 1,       True),
     ("bands of odd rows",          (2, 3, 333, 51),    5, 1,      (2, 0),  1,       True),
     ("bands, padded",              (2, 3, 100, 130),   12, 1,     (5, 1),  1,       True),
     ("unbatched",                  (8, 20, 11),        3, 1,      1,       1,       True),

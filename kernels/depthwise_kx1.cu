@@ -1439,7 +1439,9 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
       const int k = M ? m : m - (R - 1) - a.row_shift;
       if (k >= 0 && k < (M ? min(in_registers, K) : K)) put(k, dots[m]);
     }
-    for (int k = M ? in_registers : K; k < K; ++k) put(k, sums[(k - in_registers) * bulk_threads]);
+    for (int k = M ? in_registers : 0; k < K; ++k) {  // of M = 0 those that meet no row
+      if (M || uint32_t(k + R - 1 + a.row_shift) >= uint32_t(held)) put(k, M ? sums[(k - in_registers) * bulk_threads] : 0);
+    }
     put(K, bias_sum);
     __syncthreads();
     for (int i = lane; i <= K && plane < planes; i += tx) {
