@@ -99,6 +99,8 @@ CASES = [Case(*row) for row in [
     ("padding past the kernel",    (2, 4, 9, 8),       3, 1,      (7, 0),  1,       True),
     ("padding in W",               (2, 4, 12, 16),     3, 1,      (0, 2),  1,       True),
     ("padding in W, no bias",      (2, 4, 12, 16),     3, 1,      (1, 5),  1,       False),
+    ("padding in W, W=109",        (2, 3, 20, 109),    32, 1,     6,       1,       True),
+    ("padding in W of 60",         (2, 3, 20, 70),     17, 1,     (8, 60), 1,       True),
     ("padding past strides",       (2, 4, 12, 16),     3, (4, 3), (6, 5),  1,       True),
     ("planes lower than K",        (2, 4, 5, 6),       11, 1,     (5, 0),  1,       True),
     ("6 channels",                 (2, 6, 20, 10),     7, 1,      (3, 0),  1,       True),

@@ -509,10 +509,11 @@ __device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const u
   }
 }
 
-// Columns [lo, hi) of a strip that are its to store in the row at `row`, and its first that is at a multiple of 16 bytes.
+// Columns [lo, hi) of a strip that are its to store in the row at `row`, and its first that is at a multiple of 16 bytes. Padded columns
+// of grad_output may take any strips beyond the ends of a row of out, wholly or in part.
 template <class T> __device__ int owned(const Toeplitz& a, const T* row, int column, int& lo, int& hi) {
   const int head = (-int(reinterpret_cast<uintptr_t>(row)) & 15) / int(sizeof(T));
-  lo = column == a.column_begin ? max(0, -column) : head;
+  lo = max(column == a.column_begin ? 0 : head, -column);
   hi = min(a.out_width - column, column == a.last_column ? strip<T> : head + a.advance);
   return lo + (head - lo & 7);
 }
@@ -791,7 +792,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
             if (r < rows && column + 8 <= hi) store_16(row + column, at<uint4>(staged + r * a.out_pitch + column * 2));
           }
           // What is left at the ends of a row of out.
-          for (int right = of.column != a.column_begin; right <= (of.column == a.last_column); ++right)
+          for (int right = of.column > 0; right <= (of.column + strip<T> >= a.out_width); ++right)
 #pragma unroll 1
             for (int r = lane / 8; r < min(rows, 16); r += 4) {
               T* const row = to + r * row_numbers;
