@@ -864,6 +864,12 @@ __device__ void redo(const Toeplitz& a, const T* in, const T* weight, const T* b
   }
 }
 
+// Where all threads of a block meet. Apart: in different branches of the code, which is for a named barrier.
+template <bool Apart> __device__ void meet() {
+  if constexpr (Apart) asm volatile("bar.sync 1, %0;" ::"r"(blockDim.x) : "memory");
+  else __syncthreads();
+}
+
 // As `toeplitz`, for channels_last. A warp's strip is 8 pixels of 8 channels: a product's columns are the pixels of one channel. Lanes
 // load 16 bytes, the 8 channels of a pixel; two such loads make a word of a fragment for each of the 8. A block's strips lie side by
 // side: 8 pixels of 4 times 8 channels, of fewer where there are fewer, then more pixels. Its warps copy rows of all in memory's order,
@@ -929,13 +935,13 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     while (pair > 0) {
       const int s = pair - 1 - lead;
       if (pair == 1) begin(unit);
-      __syncthreads();
+      meet<Gradient>();
       fetch();  // to the slot before that of the step's first pair, which the step before read first
       await_copies<1>();
-      __syncthreads();
+      meet<Gradient>();
       if (s >= 0) body(s, ring + slot * pair_bytes);
     }
-    if (Gradient) await_copies<0>(), __syncthreads();
+    if (Gradient) await_copies<0>(), meet<Gradient>();
   };
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
@@ -1031,7 +1037,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
                 pack<T, 8>({v[0][k], v[1][k], v[2][k], v[3][k], v[4][k], v[5][k], v[6][k], v[7][k]});
           }
         }
-        __syncthreads();
+        meet<Gradient>();
         const unsigned char* const copied = shared + copied_at + (staged - mine);
         uint32_t nan = 0;
 #pragma unroll
@@ -1048,7 +1054,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           for (int i = s * step; i < (s + 1) * step && i < left; i += 4) redo(a, in, weight, bias, out, of.n, of.row + (i + copied_row) * d, of.column + copied_pixel, copied_channel);
         }
       } else {
-        __syncthreads();
+        meet<Gradient>();
       }
     });
     if constexpr (Gradient) {
@@ -1076,7 +1082,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           for (int c = 0; c < 8; ++c) multiply_add<T>(dots[h][c], own[0][c], own[1][c], other[c]);
         }
       }
-      __syncthreads();
+      meet<Gradient>();
     });
 
     float* const square = reinterpret_cast<float*>(shared + mine) + t * 256;
