@@ -100,6 +100,7 @@ struct Pass {
   uint32_t in_columns, out_columns;            // numbers in their rows: of all channels if channels_last
   int64_t in_plane, out_plane;                 // numbers in them
   int row_shift, column_shift;                 // row and column of in that tap 0 takes to row and column 0 of out, at stride 1
+  int blocks;                                  // that sum x * grad_output, for each of `dots` taps, and grad_output for a channel: to partial[C][dots + 1][blocks]
 };
 
 // How a launch walks its planes. Rows of out one `out_step` apart meet the same taps in rows of in one `in_step` apart, whatever stride
@@ -255,29 +256,30 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
   if (Gradient && partial) {  // over the threads that share a channel, in fixed order
     __syncthreads();
     const int channels = ChannelsLast ? int(min(a.p.C, int64_t(tx * V))) : 1;
-    partial += (int64_t(slice) * a.splits + split) * (dots + 1) * channels;
     if (ChannelsLast) {
       for (int i = threadIdx.x; i < (dots + 1) * channels; i += blockDim.x) {
+        const int first = i % channels, k = i / channels, pixel = (tile_column + first) / int(a.p.C), c = (tile_column + first) % int(a.p.C);
         Sum<T> sum = 0;
-        for (int j = i % channels; j < tx * V; j += channels)
-          for (int t = j / V; t < blockDim.x; t += tx) sum += sums[i / channels * blockDim.x + t].at[j % V];
-        partial[i] = sum;
+        for (int j = first; j < tx * V; j += channels)
+          for (int t = j / V; t < blockDim.x; t += tx) sum += sums[k * blockDim.x + t].at[j % V];
+        if (const bool whole = channels == a.p.C; whole || pixel < a.pixel_end - a.pixel_begin) partial[(int64_t(c) * (dots + 1) + k) * a.blocks + (whole ? slice : pixel) * a.splits + split] = sum;
       }
     } else {
       for (int i = threadIdx.x / 32; i <= dots; i += blockDim.x / 32) {
         Sum<T> sum = 0;
         for (int t = threadIdx.x % 32; t < blockDim.x; t += 32) sum += sums[i * blockDim.x + t].at[0];
         for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-        if (threadIdx.x % 32 == 0) partial[i] = sum;
+        if (threadIdx.x % 32 == 0) partial[(int64_t(first_plane) * (dots + 1) + i) * a.blocks + tile_column / (tx * V) * a.splits + split] = sum;
       }
     }
   }
 }
 
-// 16 bytes from global to shared memory, of which `bytes` count; asynchronous from compute capability 8.0 on.
-__device__ void copy_async(void* to, const void* from, int bytes) {
+// Bytes from global to shared memory, of which `count` count, the others are zeros; asynchronous from compute capability 8.0 on.
+template <int bytes = 16> __device__ void copy_async(void* to, const void* from, int count) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(bytes) : "memory");
+  if constexpr (bytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(count) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "n"(bytes), "r"(count) : "memory");
 #else
   *static_cast<int4*>(to) = *static_cast<const int4*>(from);
 #endif
@@ -290,6 +292,185 @@ template <int Younger> __device__ void await_copies() {  // all but those of the
 __device__ void end_group_of_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <class V> __device__ V at(const unsigned char* p) { return *reinterpret_cast<const V*>(p); }
+
+// How a launch marches over its planes, in channels_last at stride 1.
+struct March : Pass {
+  int column_begin, columns;           // numbers of a row that are walked, in out: beyond its own where a bias gradient wants that
+  int in_shift;                        // number of in that meets number 0 of out
+  Divisor channels, dilation, residues;  // rows of one residue class modulo the dilation form a plane of their own
+  int planes, band_rows;
+  Divisor tiles, bands;                // a block keeps its tile of columns and its band of rows; the planes are dealt to `splits` blocks
+  int splits;
+};
+
+constexpr int march_threads = 128;
+template <int M> constexpr int march_slots = M < 7 ? 2 * M : M;
+// V, and blocks of a multiprocessor, for which registers have room.
+constexpr int march_vector(int size, int M, bool gradient) {
+  return (gradient ? M > 11 ? 4 : M > 7 ? 2 * size : M > 3 ? 4 * size : 16 : M > 21 ? 8 : M > 7 ? 4 * size : 16) / size;
+}
+constexpr int march_blocks(int M, int V, bool gradient) {
+  const int numbers = M * V * (gradient ? 3 : 2);
+  return numbers <= 36 ? 5 : numbers < 66 ? 4 : numbers <= 130 ? 3 : 2;
+}
+
+// For channels_last. Reads `in` (and x if Gradient) once but for the K - 1 rows where bands meet, writes out once. A thread marches over
+// V columns; rows of them lie in its own part of shared memory from asynchronous copy to use, `slots` - 1 rows later. Registers: M rows
+// and taps, all but `optional` of them there for sure, and if Gradient the sums of x * grad_output for each tap, and of grad_output.
+// Every other band is marched over upwards: where bands meet, blocks read the same rows at the same time, and L2 has them.
+//
+// Rows outside the plane are zeros: where a tap is not finite, the thread's columns are done again from the definition; sums that
+// become NaN because x is not finite, `reduce` repairs.
+template <class T, int V, int M, bool Gradient>
+__global__ void __launch_bounds__(march_threads, march_blocks(M, V, Gradient))
+march(const __grid_constant__ March a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
+      const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
+#if __CUDA_ARCH__ >= 800
+  constexpr int bytes = sizeof(T) * V, slots = march_slots<M>, slot_bytes = march_threads * bytes * (Gradient ? 2 : 1);
+  constexpr int optional = M == 3 ? 2 : M == 7 ? 3 : M == 11 ? 3 : 9;
+  extern __shared__ __align__(16) unsigned char shared[];
+  const int K = a.K, d = a.dilation.divisor;
+  int tile, band, c;
+  const int split = a.bands(a.tiles(blockIdx.x, tile), band), first_column = tile * march_threads * V;
+  const int walked = first_column + threadIdx.x * V, column = a.column_begin + walked, in_column = column + a.in_shift;
+  const bool busy = walked < a.columns, owned = busy && column >= 0 && column < int(a.out_columns), reached = busy && in_column >= 0 && in_column < int(a.in_columns);
+  const bool up = band % 2;
+  const int row_step = up ? -d : d;
+  const int64_t in_step = int64_t(row_step) * a.in_columns, out_step = int64_t(row_step) * a.out_columns;
+  a.channels(walked, c);
+#if __CUDA_ARCH__ >= 900
+  if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
+#endif
+
+  const bool reversed = Gradient != up;  // Row m of the latest M meets tap m - (M - K), in reversed order if the march is transposed or upwards, but not if both.
+  float taps[M][V], dots[M][V], met[M][V], initial[V], bias_sum[V];
+  bool finite = true;
+  unsigned char* const mine = shared + threadIdx.x * bytes;
+  for (int plane = split; plane < a.planes; plane += a.splits) {
+    // Step i meets row in_row + i * row_step, and from i = K - 1 on makes row out_row + (i - K + 1) * row_step.
+    int out_row;
+    const int n = a.residues(plane, out_row);
+    out_row += band * a.band_rows * d;
+    const int rows = max(min(a.band_rows, a.dilation.steps(a.out_rows - out_row)), 0), steps = rows ? rows + K - 1 : 0;
+    if (up) out_row += (rows - 1) * d;
+    const int in_row = out_row + a.row_shift + (up ? (K - 1) * d : 0);
+    const int valid = a.dilation.steps(up ? in_row - a.in_rows + 1 : -in_row), valid_end = a.dilation.steps(up ? in_row + 1 : a.in_rows - in_row);
+    const int64_t out_at = n * a.out_plane + int64_t(out_row) * a.out_columns + column;
+    const T* next_in = in + (n * a.in_plane + int64_t(in_row) * a.in_columns + in_column);
+    const T* next_x = Gradient ? x + (out_at - (K - 1) * out_step) : x;
+    const auto fetch = [&](int i, int slot) {
+      copy_async<bytes>(mine + slot * slot_bytes, next_in, reached && uint32_t(i - valid) < uint32_t(valid_end - valid) ? bytes : 0), next_in += in_step;
+      if (Gradient)
+        copy_async<bytes>(mine + slot * slot_bytes + march_threads * bytes, next_x, owned && a.has_dots && i >= K - 1 && i < steps ? bytes : 0), next_x += out_step;
+      end_group_of_copies();
+    };
+#pragma unroll 1
+    for (int i = 0; i < slots - 1; ++i) fetch(i, i);
+    if (plane == split) {  // while the first copies are under way
+      if (weight && busy && K == M && a.C % V == 0 && reinterpret_cast<uintptr_t>(weight) % bytes == 0) {  // by vectors
+        Packed<T, V> raw[M];
+#pragma unroll
+        for (int m = 0; m < M; ++m) raw[m] = load<V>(weight + c * M + m * V);
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            const int i = v * M + m, j = v * M + M - 1 - m;
+            taps[m][v] = widen(reversed ? raw[j / V].at[j % V] : raw[i / V].at[i % V]);
+          }
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          int channel;
+          a.channels(walked + v, channel);
+#pragma unroll
+          for (int m = 0; m < M; ++m) taps[m][v] = weight && busy && m >= M - K ? widen(weight[channel * K + (reversed ? M - 1 - m : m - (M - K))]) : 0;
+        }
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        int channel;
+        a.channels(walked + v, channel);
+        initial[v] = !Gradient && bias && busy ? widen(bias[channel]) : 0, bias_sum[v] = 0;
+#pragma unroll
+        for (int m = 0; m < M; ++m) dots[m][v] = 0, finite = finite && isfinite(taps[m][v]);
+      }
+    }
+    // Rows of grad_output that count here: all of the first band, later the K - 1 rows above are another's.
+    const int counted = band == 0 || up ? 0 : K - 1, counted_end = band == 0 || !up ? steps : rows;
+    T* to = out + out_at;
+    int group = 0;  // of slots
+    for (int i = 0; i < steps;) {
+#pragma unroll
+      for (int u = 0; u < M; ++u) {
+        await_copies<slots - 2>();
+        const unsigned char* const slot = mine + (group + u) * slot_bytes;
+        float own[V];
+        unpack(met[u], at<Packed<T, V>>(slot));
+        if (Gradient) unpack(own, at<Packed<T, V>>(slot + march_threads * bytes));
+        fetch(i + slots - 1, u ? group + u - 1 : (group ? group : slots) - 1);
+        if (Gradient && i >= counted && i < counted_end) {
+#pragma unroll
+          for (int v = 0; v < V; ++v) bias_sum[v] += met[u][v];
+        }
+        if (i >= K - 1) {
+          float acc[V];
+#pragma unroll
+          for (int v = 0; v < V; ++v) acc[v] = initial[v];
+#pragma unroll
+          for (int m = 0; m < M; ++m) {
+            if (m < optional && m < M - K) continue;
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              acc[v] += taps[m][v] * met[(u + 1 + m) % M][v];
+              if (Gradient) dots[m][v] += own[v] * met[(u + 1 + m) % M][v];
+            }
+          }
+          if (owned && out) store<V>(to, pack<T, V>(acc));
+          to += out_step;
+        }
+        if (++i == steps) break;
+      }
+      if (slots > M) group = M - group;
+    }
+    await_copies<0>();  // before others to the same place
+
+    if (!finite && owned && out)
+      for (int r = 0; r < rows; ++r)
+        for (int v = 0; v < V; ++v) {
+          int channel;
+          a.channels(walked + v, channel);
+          float sum = !Gradient && bias ? widen(bias[channel]) : 0;
+          for (int k = 0; k < K; ++k) {
+            const int row = out_row + r * row_step + a.row_shift + k * d;
+            if (reached && row >= 0 && row < a.in_rows)
+              sum += widen(weight[channel * K + (Gradient ? K - 1 - k : k)]) * widen(in[n * a.in_plane + int64_t(row) * a.in_columns + in_column + v]);
+          }
+          out[out_at + r * out_step + v] = narrow<T>(sum);
+        }
+  }
+
+  if (Gradient && partial) {  // over the threads that share a channel, in fixed order
+    __syncthreads();
+    constexpr int columns = march_threads * V;
+    float* const sums = reinterpret_cast<float*>(shared);  // [K + 1][columns]
+#pragma unroll
+    for (int m = -1; m < M; ++m)
+      if (m < 0 || m >= M - K)
+        store<V>(sums + (m < 0 ? K : reversed ? M - 1 - m : m - (M - K)) * columns + threadIdx.x * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
+    __syncthreads();
+    const int channels = min(a.C, columns), bands = a.bands.divisor;
+    for (int i = threadIdx.x; i < (K + 1) * channels; i += march_threads) {
+      const int first = i % channels, k = i / channels, pixel = a.channels(first_column + first, c);
+      float sum = 0;
+      for (int j = first; j < columns; j += channels) sum += sums[k * columns + j];
+      if (channels == a.C || first_column + first < a.columns) partial[(int64_t(c) * (K + 1) + k) * a.blocks + ((channels == a.C ? tile : pixel) * bands + band) * a.splits + split] = sum;
+    }
+  }
 #endif
 }
 
@@ -314,8 +495,6 @@ template <class T> __device__ uint32_t max_nan(uint32_t a, uint32_t b) {
 #endif
   return a;
 }
-
-template <class V> __device__ V at(const unsigned char* p) { return *reinterpret_cast<const V*>(p); }
 
 constexpr int step = 32, strip_bytes = 128, overlap = 8, aligned_pitch = strip_bytes + 16;
 template <class T> constexpr int strip = strip_bytes / sizeof(T);
@@ -813,7 +992,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
     __syncwarp();
     if (lane == 0) *reinterpret_cast<float*>(mine) = sum;
     __syncthreads();
-    partial += (int64_t(c) * a.splits + split) * (a.K + 1);
+    partial += int64_t(c) * (a.K + 1) * a.blocks + split;
     const unsigned char* const all = mine - warp * a.warp_bytes;
     for (int first = warp * 2; first <= a.K; first += warps * 2) {  // half a warp for each
       const int k = first + lane / 16, r = lane % 16, t = (k + r) / 16, column = (k + r) % 16;
@@ -822,7 +1001,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       if (k < a.K ? a.has_dots : k == a.K && r == 0)
         for (int w = 0; w < warps; ++w) sum += at<float>(all + w * a.warp_bytes + from);
       for (int o = 8; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-      if (r == 0 && k <= a.K) partial[k == a.K ? k : a.K - 1 - k] = sum;
+      if (r == 0 && k <= a.K) partial[(k == a.K ? k : a.K - 1 - k) * a.blocks] = sum;
     }
   }
 }
@@ -1113,7 +1292,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
         if (k == a.K) sum += of[31];
         else if (a.has_dots) sum += of[k / 16 * 256 + 15 + k % 16] + (k % 16 ? of[(k / 16 + 1) * 256 + k % 16 - 1] : 0);
       }
-      partial[(int64_t(set_channel + c) * a.splits + split) * (a.K + 1) + (k == a.K ? k : a.K - 1 - k)] = sum;
+      partial[(int64_t(set_channel + c) * (a.K + 1) + (k == a.K ? k : a.K - 1 - k)) * a.blocks + split] = sum;
     }
   }
 }
@@ -1454,19 +1633,17 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     for (int i = lane; i <= K && plane < planes; i += tx) {
       float sum = 0;
       for (int t = 0; t < tx; t += width) sum += all[i * bulk_threads + plane * tx + t];
-      partial[(int64_t(first_channel + plane) * a.splits + split) * (K + 1) + (i == K ? K : K - 1 - i)] = sum;
+      partial[(int64_t(first_channel + plane) * (K + 1) + (i == K ? K : K - 1 - i)) * a.blocks + split] = sum;
     }
   }
 #endif
 }
 
-// Where blocks leave their sums of x * grad_output, for each of `dots` taps, and of grad_output: [C][blocks of a channel][dots + 1];
-// of slices of columns in channels_last [slices][splits][dots + 1][channels of a slice].
+// Of a launch's sums of x * grad_output and of grad_output.
 struct Sums {
-  int64_t blocks;       // that hold sums of a channel
   int first_tap, dots;
-  int columns, splits;  // of a slice
-  bool repair;          // one that is NaN is to be made from the definition, at stride 1
+  int64_t blocks;  // of a channel
+  bool repair;     // one that is NaN is to be made from the definition, at stride 1
 };
 
 // Adds up the blocks' sums in fixed order, a warp for each weight and bias. `partial` is not __restrict__: blocks may still write it when this starts.
@@ -1482,17 +1659,8 @@ __global__ void __launch_bounds__(256, 4) reduce(const __grid_constant__ Problem
     const int k = s.first_tap + i;
     Sum<T> sum = 0;
     const auto add_lanes = [&] { for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o); };
-    if (!s.columns) {
-      for (int64_t n = lane; n < s.blocks; n += 32) sum += partial[(c * s.blocks + n) * (s.dots + 1) + i];
-    } else {
-      const int64_t channels = min(p.C, int64_t(s.columns));
-      for (int64_t n = lane; n < s.blocks; n += 32) {
-        int64_t slice = n / s.splits, at;  // that holds channel c: of one for each pixel of a row, or of all
-        if (p.C >= s.columns) at = (slice * p.C + c) % s.columns, slice = (slice * p.C + c) / s.columns;
-        else at = ((c - slice * s.columns) % p.C + p.C) % p.C;
-        sum += partial[((slice * s.splits + n % s.splits) * (s.dots + 1) + i) * channels + at];
-      }
-    }
+#pragma unroll 4
+    for (int64_t n = lane; n < s.blocks; n += 32) sum += partial[(c * (s.dots + 1) + i) * s.blocks + n];
     add_lanes();
     if (s.repair && i < s.dots && isnan(sum)) {
       sum = 0;
@@ -1574,7 +1742,7 @@ template <class A> struct Plan {
   bool applies;  // else the kernel cannot do it
   int64_t blocks;
   int threads;
-  size_t shared, numbers;  // bytes for a block; of all blocks' sums
+  size_t shared;  // bytes for a block
   Sums sums;
 };
 
@@ -1583,7 +1751,7 @@ const char* check(cudaError_t error) { return error == cudaSuccess ? nullptr : c
 
 // Memory for the blocks' sums, if they are wanted.
 template <class T, class A> Sum<T>* make_room(const Plan<A>& plan, const Call& c) {
-  return c.grad_weight || c.grad_bias ? static_cast<Sum<T>*>(c.scratch(plan.numbers * sizeof(Sum<T>), c.context)) : nullptr;
+  return c.grad_weight || c.grad_bias ? static_cast<Sum<T>*>(c.scratch(c.p.C * (plan.sums.dots + 1) * plan.sums.blocks * sizeof(Sum<T>), c.context)) : nullptr;
 }
 
 // Launches the kernel; adds up the blocks' sums, if there are.
@@ -1644,9 +1812,8 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<W
     a.splits = deal(slices, tiles, resident, Gradient ? 4 : 0);
   }
   plan.blocks = slices * a.splits;
-  plan.sums.columns = ChannelsLast ? V << a.log2_tx : 0, plan.sums.splits = a.splits;
-  plan.sums.blocks = (ChannelsLast && p.C >= plan.sums.columns ? pixels : column_tiles) * a.splits;
-  plan.numbers = plan.blocks * (a.dot_end + 1) * (ChannelsLast ? std::min<int64_t>(p.C, plan.sums.columns) : 1);
+  a.blocks = (ChannelsLast && p.C > V << a.log2_tx ? pixels : column_tiles) * a.splits;
+  plan.sums = {.dots = a.dot_end, .blocks = a.blocks};
   return plan;
 }
 
@@ -1677,6 +1844,60 @@ template <class T, int V, int M> Outcome launch_walk(const Call& c) {
     if (c.p.channels_last) return (c.transposed ? walk_by<T, V, M, true, true> : walk_by<T, V, M, true, false>)(c);
   }
   if constexpr (sizeof(T) > 2 || V != 4) return (c.transposed ? walk_by<T, V, M, false, true> : walk_by<T, V, M, false, false>)(c);
+  return {};
+}
+
+template <class T, int V, int M, bool Gradient> Plan<March> march_plan(const Call& c) {
+  const Problem& p = c.p;
+  Plan<March> plan{{make_pass(c)}};
+  March& a = plan.a;
+  const int64_t walked = a.has_bias_sum ? p.W_out : a.out_width, tiles = ceil_div(walked * p.C, march_threads * V);
+  const int64_t longest = ceil_div(a.out_rows, p.dilation), residues = std::min<int64_t>(p.dilation, a.out_rows), planes = p.N * residues;
+  // 32-bit indices; all of grad_output is met by some row of x.
+  plan.applies = alignment(c) >= V * sizeof(T) && std::max({p.N * a.out_rows * tiles, (tiles + 1) * march_threads * V, p.C * p.K, p.H + 2 * p.padding_h + (p.K + 32) * p.dilation}) < 1 << 30 &&
+                 (!a.has_bias_sum || (p.padding_h <= (p.K - 1) * p.dilation && p.H >= p.dilation)) && 2 * walked * p.C >= tiles * march_threads * V;
+  if (!plan.applies) return plan;
+  a.column_begin = a.has_bias_sum ? -p.padding_w * p.C : 0, a.columns = walked * p.C, a.in_shift = a.column_shift * p.C;
+  a.channels = p.C, a.tiles = tiles, a.dilation = p.dilation, a.residues = residues, a.planes = planes;
+  plan.threads = march_threads;
+  plan.shared = march_threads * V * std::max<size_t>(sizeof(T) * (Gradient ? 2 : 1) * march_slots<M>, Gradient ? sizeof(float) * (p.K + 1) : 0);
+
+  // As few bands as keep 8 warps of a multiprocessor busy: rows where they meet are read twice. Costs are in rows.
+  const Device& device = current_device();
+  const int64_t resident = std::min<int64_t>(march_blocks(M, V, Gradient), device.shared_per_multiprocessor / (plan.shared + 1024)), least = std::min<int64_t>(resident, M > 11 ? resident : 2);
+  const double last = Gradient ? 4 + 5. * (p.K + 1) / sizeof(T) * std::min(1., double(p.C) / (march_threads * V)) : 0;  // to write sums
+  double best = 1e30;
+  for (int64_t bands = 1; bands <= std::min<int64_t>(longest, 64); ++bands) {
+    const int64_t band_rows = ceil_div(longest, bands);
+    if (ceil_div(longest, band_rows) < bands) continue;
+    for (int64_t waves = 1; waves <= 8; ++waves) {
+      const int64_t repeats = !Gradient ? 1 : ceil_div(planes, std::clamp<int64_t>(resident * device.multiprocessors * waves / (tiles * bands), 1, planes)), splits = ceil_div(planes, repeats);
+      const int64_t each = ceil_div(tiles * bands * splits, device.multiprocessors), rest = each % resident;
+      const double cost = (each - rest + (rest ? std::max(rest, least) : 0)) * (repeats * (band_rows + .3 * (p.K - 1) + 3) + last);
+      if (cost < best) best = cost, a.bands = bands, a.band_rows = band_rows, a.splits = splits, plan.blocks = tiles * bands * splits, a.blocks = bands * splits;
+    }
+  }
+  a.blocks *= p.C > march_threads * V ? walked : tiles;
+  plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = a.has_dots};
+  return plan;
+}
+
+template <class T, int M, bool Gradient> Outcome march_by(const Call& c) {
+  constexpr int V = march_vector(sizeof(T), M, Gradient);
+  const Plan<March> plan = march_plan<T, V, M, Gradient>(c);
+  if (!plan.applies) return {};
+  return run<T>(march<T, V, M, Gradient>, plan, c, make_room<T>(plan, c));
+}
+
+template <class T> Outcome launch_march(const Call& c) {
+  const auto by = [&]<int M> { return (c.transposed ? march_by<T, M, true> : march_by<T, M, false>)(c); };
+  if (c.p.K <= 3) return c.transposed ? march_by<T, 3, true>(c) : Outcome{};
+  if (c.p.K <= 7) return by.template operator()<7>();
+  if (c.p.K <= 11) return by.template operator()<11>();
+  if constexpr (sizeof(T) == 4) {
+    if (c.p.K <= 21) return by.template operator()<21>();
+    if (c.p.K <= 31) return by.template operator()<31>();
+  }
   return {};
 }
 
@@ -1755,7 +1976,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
     }
   }
   plan.blocks = int64_t(a.sets) * a.splits, plan.threads = 32 * warps * roles, plan.shared = shared(warps);
-  plan.sums = {.blocks = a.splits, .dots = a.K, .repair = true}, plan.numbers = p.C * a.splits * (p.K + 1);
+  a.blocks = a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
 }
 
@@ -1809,7 +2030,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
   a.splits = deal(slices, a.chunks, blocks, 2);
   plan.blocks = slices * a.splits, plan.threads = bulk_threads;
-  plan.sums = {.blocks = a.splits, .dots = a.K}, plan.numbers = p.C * a.splits * (p.K + 1);
+  a.blocks = a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks};
   return plan;
 }
 
@@ -1830,7 +2051,7 @@ template <class T> Outcome launch_bulk(const Call& c) {
 
 // Launchers by type; walk_3: up to 3 taps, vectors of 16 bytes; walk_4: vectors of 4 numbers.
 using Attempt = Outcome(const Call&);
-Attempt bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
+Attempt march_f32, march_f16, march_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
     walk_3_f32, walk_3_f16, walk_3_bf16, walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
 // ---- end of what is compiled with each of the following parts, side by side ----
 
@@ -1849,6 +2070,7 @@ const char* launch(const Call& c) {
   Attempt* const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
       {f64, walk_f64},
+      {capability >= 8 && dense && last && (!back || H >= 24), by_type(march_f32, march_f16, march_bf16)},
       {stretches && half && !aligned && p.K <= 16, bulk},
       {stretches && half && back && p.K <= 3, bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
@@ -1890,3 +2112,8 @@ Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<__nv_bfloat16>(c);
 Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
 Outcome toeplitz_last_f16(const Call& c) { return launch_toeplitz_last<__half>(c); }
 Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<__nv_bfloat16>(c); }
+// ---- end of a part ----
+Outcome march_f32(const Call& c) { return launch_march<float>(c); }
+// ---- end of a part ----
+Outcome march_f16(const Call& c) { return launch_march<__half>(c); }
+Outcome march_bf16(const Call& c) { return launch_march<__nv_bfloat16>(c); }
