@@ -102,7 +102,8 @@ template <int MOST, class F> INLINE void each_taps(int64_t n, const F& f) {
     for (; n - k >= 7; k += 7) f(k, Number<7>());
     if (n - k >= 5) f(k, Number<5>()), k += 5;
   }
-  for (; n - k >= 3; k += 3) f(k, Number<3>());
+  constexpr int few = std::min(MOST, 3);
+  for (; n - k >= few; k += few) f(k, Number<few>());
   for (; k < n; k++) f(k, Number<1>());
 }
 
@@ -126,6 +127,10 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   template <class T> static INLINE void get(V* v, const T* p) {
     v[0] = *(const Bits*)p;
     if constexpr (vectors<T> == 2) v[1] = widen<V>((T*)0, (U)v[0] & 0xffff0000u), v[0] = widen<V>((T*)0, (U)v[0] << 16);
+  }
+  template <int A, class T> static INLINE void get(V* v, const T* p) {  // A times as many
+#pragma GCC unroll 4
+    for (int a = 0; a < A; a++) get(v + a * vectors<T>, p + a * at_once<T>);
   }
   template <class T> static INLINE void put(T* p, const V* v) {
     if constexpr (vectors<T> == 1) *(Bits*)p = v[0];
@@ -311,10 +316,17 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   // Row m of out = init + the taps k whose row m * S + off + k * D of in exists. Output rows are taken 8 at a time and taps up to 7,
   // both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all. Weights and init repeat every `period` slots.
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
-  template <class E>
-  static INLINE void conv(const Rows<E> out, int64_t out_rows, const Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
-    constexpr int N = BYTES == 64 || vectors<E> == 1 ? 8 : 4;  // as many sums as registers hold
-    constexpr int64_t step = at_once<E>;
+  // Where columns of in have gaps, the processor foresees few rows at a time: half as many, of A as many slots.
+  template <class E, class... Rest> static INLINE void conv(int64_t slots, const Rows<const E> in, const Rest&... rest) {
+    constexpr int N = BYTES == 64 || vectors<E> == 1 ? 8 : 4, A = (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
+    if (A > 1 && in.skip && slots >= A * at_once<E>) conv<4, A>(slots, in, rest...);
+    else conv<N, 1>(slots, in, rest...);
+  }
+  template <int N, int A, class E>
+  static INLINE void conv(int64_t slots, const Rows<const E> in, int64_t in_rows, const Rows<E> out, int64_t out_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, const void** table) {
+    constexpr int H = A * vectors<E>;
+    constexpr int64_t step = A * at_once<E>;
+    const int64_t px = in.lanes + in.skip, ahead = std::max<int64_t>(2048 / (px * sizeof(E)), 1) * px;
     const int64_t L = std::lcm(S, D), jump = L / S, every = L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride;
     for (int64_t start = 0; start < std::min(jump, out_rows); start++)
       for (int64_t m = start; m < out_rows; m += N * jump) {
@@ -324,40 +336,46 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
           if (i > slots - step) i = slots - step, j = tail;
           const void** rows = table;
           const E* wj = w + k0 * w_tap + j;
-          int64_t at = in.at(i);
-          asm("" : "+r"(rows), "+r"(wj), "+r"(at));
-          V sum[N][vectors<E>];
+          int64_t at[A];
+#pragma GCC unroll 4
+          for (int a = 0; a < A; a++) at[a] = in.at(i + a * at_once<E>);
+          asm("" : "+r"(rows), "+r"(wj), "+r"(at[0]));
+          V sum[N][H];
 #pragma GCC unroll 8
-          for (int r = 0; r < N; r++) get(sum[r], init + j);
+          for (int r = 0; r < N; r++) get<A>(sum[r], init + j);
           for (int64_t c = 0; c < classes; c++, wj += w_tap) {
             const int64_t taps = least + (c < more);
-            each_taps<most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
+            each_taps<A == 1 ? most : 2>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
               constexpr int T = number;
-              V wk[T][vectors<E>];
+              V wk[T][H];
               const E* from = wj + k * w_step;
 #pragma GCC unroll 8
-              for (int t = 0; t < T; t++, from += w_step) get(wk[t], from);
+              for (int t = 0; t < T; t++, from += w_step) get<A>(wk[t], from);
 #pragma GCC unroll 16
               for (int p = 0; p < N + T - 1; p++)
                 if (const E* row = (const E*)rows[k + p]) {
-                  V v[vectors<E>];
-                  get(v, row + at);
+                  V v[H];
+#pragma GCC unroll 4
+                  for (int a = 0; a < A; a++) {
+                    get(v + a * vectors<E>, row + at[a]);
+                    if (A > 1) __builtin_prefetch(row + at[a] + ahead);
+                  }
 #pragma GCC unroll 8
                   for (int t = 0; t < T; t++)
                     if (p - t >= 0 && p - t < N)
-                      for (int h = 0; h < vectors<E>; h++) sum[p - t][h] += wk[t][h] * v[h];
+                      for (int h = 0; h < H; h++) sum[p - t][h] += wk[t][h] * v[h];
                 }
             });
             rows += taps + N - 1;
           }
-          prefetch<N>(in, m * S + off + (K - 1) * D + N * L, L, at);
-          if (in.skip)  // nor does it foresee what comes behind a gap
-            for (const void** row = table; row < rows; row++)
-              if (*row) __builtin_prefetch((const E*)*row + at + 2 * (in.lanes + in.skip), 0, 2);  // rows so many crowd one another out of the first cache
-          E* to = out.data + m * out.stride + out.at(i);
+          prefetch<A == 1 ? N : 1>(in, m * S + off + (K - 1) * D + N * L, L, at[0]);
+#pragma GCC unroll 4
+          for (int a = 0; a < A; a++) {
+            E* to = out.data + m * out.stride + out.at(i + a * at_once<E>);
 #pragma GCC unroll 8
-          for (int r = 0; r < N; r++, to += o_step)
-            if (r < count) put(to, sum[r]);
+            for (int r = 0; r < N; r++, to += o_step)
+              if (r < count) put(to, sum[r] + a * vectors<E>);
+          }
           if ((j += wrap) >= period) j -= period;
         }
       }
@@ -458,7 +476,7 @@ template <class R, class T> void unpack(int bytes, const View& v, T* dst, const 
 template <class R, class T> void fill(int bytes, const View& v, T* dst, const Tile& t, int64_t a, int64_t b, const R* values) { SIMD(R, fill(v, dst, t, a, b, values)); }
 template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
 template <class E> void conv(int bytes, Rows<E> out, int64_t out_rows, Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
-  SIMD(decltype(load(E())), conv(out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table));
+  SIMD(decltype(load(E())), conv(slots, in, in_rows, out, out_rows, S, off, D, K, w, w_tap, init, period, table));
 }
 template <class R, class E> void correlate(int bytes, R* sums, int64_t tap, Rows<const E> g, int64_t g_rows, Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t period, int64_t slots, const void** table) {
   SIMD(R, correlate(sums, tap, g, g_rows, x, x_rows, S, off, D, K, period, slots, table));
@@ -481,7 +499,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   using R = decltype(load(T()));
   const Problem& p = j.p;
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
-  const int64_t bands = j.bands, units = j.images * bands * j.column_tiles, w_tap = j.lanes + vector;
+  const int64_t bands = j.bands, units = j.images * bands * j.column_tiles, w_tap = j.lanes + 4 * vector;
   const int64_t full = (ns + vector - 1) / vector * vector, tap = full + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t size = 2 * (K + 1) * w_tap + K * tap + ns + (j.direct ? ns : (j.in_rows + 2 * j.band) * ns);
@@ -633,17 +651,18 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.channels = narrow && p.C < vector ? vector / p.C * p.C : p.C;
   j.images = (p.N * p.C + j.channels - 1) / j.channels;
   j.nq = std::min(Q, std::max<int64_t>(1, wanted / j.lanes));
-  j.slots = (j.nq * j.lanes + vector - 1) / vector * vector;
-  j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
-  j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
-  j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
   const int64_t blocks = ceil_div(j.channels, j.lanes);
   // contiguous numbers in a row of a tile
-  const int64_t run = p.stride_w > 1 || (p.channels_last && j.lanes < p.C) ? j.lanes : Q / j.column_tiles * j.lanes, element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
+  const int64_t run = p.stride_w > 1 || (p.channels_last && j.lanes < p.C) ? j.lanes : Q / ceil_div(Q, j.nq) * j.lanes, element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
   j.bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
   const int64_t at_once = j.bytes / element;
   j.direct = p.type != Type::f16 && !narrow && run >= at_once && (p.K <= 12 || j.vin.row <= 512) &&
              ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && j.lanes % at_once == 0 && p.C % at_once == 0));
+  if (j.direct && j.forward && p.stride_w > 1) j.nq = std::min(Q, 8 * wanted / j.lanes);
+  j.slots = (j.nq * j.lanes + vector - 1) / vector * vector;
+  j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
+  j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
+  j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
   const int64_t units = j.images * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
   j.groups = clamp(total / blocks / std::max({budget, total / 256, 8 * (p.K + 1) * j.slots, (j.forward ? 0 : 32 * (p.K + 1) * j.lanes)}), 1, units);
