@@ -300,15 +300,18 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     int64_t first = v.col + t.q * v.step, last = first + (t.nq - 1) * v.step + 1;
     if (t.nq <= 0) first = last = b;
     if (v.step == 1 && first <= a && last >= b) return;
+    if (v.step > 2 && v.px == 1 && t.lanes == 1) first = last = b;  // there, too: vectors are faster, and unpack comes later
     for (int64_t r = t.row; r < t.row + t.rows; r++)
-      for (int64_t c = a, slot = first; c < b; c++) {
+      for (int64_t c = a, slot = first, n; c < b; c += n) {
+        n = 1;
         if (c == slot && c < last) {
           slot += v.step;
           if (v.step > 1 && !(v.step == 2 && v.px == 1 && t.lanes == 1)) continue;
           if ((c = last) >= b) break;
         }
         T* to = dst + r * v.row + c * v.px;
-        if (v.lane == 1) put(to, values, t.present);
+        if (v.px == 1 && t.lanes == 1) put(to, values, n = std::min((c < first ? first : b) - c, 4 * size));
+        else if (v.lane == 1) put(to, values, t.present);
         else for (int64_t l = 0; l < t.present; l++) store(to + l * v.lane, values[l]);
       }
   }
@@ -556,6 +559,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       i0 = clamp(i0, 0, vi.rows), i1 = clamp(i1, i0, vi.rows);
       const Tile tin{i0, i1 - i0, q0, nq, lanes, present}, tout{o0, o1 - o0, q0, nq, lanes, present};
       T* image_out = j.out ? (T*)j.out + image(vo) : nullptr;
+      if (j.out) fill(j.bytes, vo, image_out, tout, ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
         const auto* init = weights + K * w_tap;
         if (j.out && j.forward) conv(j.bytes, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, lanes, slots, table.data());
@@ -596,7 +600,6 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         compute(Rows<R>{buffer_out, ns}, packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x), weights);
         if (j.out) unpack(j.bytes, vo, image_out, tout, Rows<R>{buffer_out, ns}, init);
       }
-      if (j.out) fill(j.bytes, vo, image_out, tout, ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
         for (int64_t h = p.H_out * b / bands; h < p.H_out * (b + 1) / bands; h++) {
@@ -653,10 +656,10 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.nq = std::min(Q, std::max<int64_t>(1, wanted / j.lanes));
   const int64_t blocks = ceil_div(j.channels, j.lanes);
   // contiguous numbers in a row of a tile
-  const int64_t run = p.stride_w > 1 || (p.channels_last && j.lanes < p.C) ? j.lanes : Q / ceil_div(Q, j.nq) * j.lanes, element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
+  const int64_t run = p.channels_last && (p.stride_w > 1 || j.lanes < p.C) ? j.lanes : Q / ceil_div(Q, j.nq) * j.lanes, element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
   j.bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
   const int64_t at_once = j.bytes / element;
-  j.direct = p.type != Type::f16 && !narrow && run >= at_once && (p.K <= 12 || j.vin.row <= 512) &&
+  j.direct = p.type != Type::f16 && !narrow && run >= at_once && (std::min(p.K, j.vin.rows) <= 12 || j.vin.row <= 512) &&
              ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && j.lanes % at_once == 0 && p.C % at_once == 0));
   if (j.direct && j.forward && p.stride_w > 1) j.nq = std::min(Q, 8 * wanted / j.lanes);
   j.slots = (j.nq * j.lanes + vector - 1) / vector * vector;
