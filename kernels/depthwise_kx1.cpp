@@ -319,14 +319,10 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   // Row m of out = init + the taps k whose row m * S + off + k * D of in exists. Output rows are taken 8 at a time and taps up to 7,
   // both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all. Weights and init repeat every `period` slots.
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
-  // Where columns of in have gaps, the processor foresees few rows at a time: half as many, of A as many slots.
-  template <class E, class... Rest> static INLINE void conv(int64_t slots, const Rows<const E> in, const Rest&... rest) {
-    constexpr int N = BYTES == 64 || vectors<E> == 1 ? 8 : 4, A = (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
-    if (A > 1 && in.skip && slots >= A * at_once<E>) conv<4, A>(slots, in, rest...);
-    else conv<N, 1>(slots, in, rest...);
-  }
-  template <int N, int A, class E>
-  static INLINE void conv(int64_t slots, const Rows<const E> in, int64_t in_rows, const Rows<E> out, int64_t out_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, const void** table) {
+  // Where columns of in have gaps, the processor foresees few rows at a time: GAPS takes half as many, of A times as many slots, and prefetches.
+  template <bool GAPS, class E>
+  static INLINE void conv(const Rows<E> out, int64_t out_rows, const Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
+    constexpr int N = !GAPS && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !GAPS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
     constexpr int H = A * vectors<E>;
     constexpr int64_t step = A * at_once<E>;
     const int64_t px = in.lanes + in.skip, ahead = std::max<int64_t>(2048 / (px * sizeof(E)), 1) * px;
@@ -348,7 +344,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
           for (int r = 0; r < N; r++) get<A>(sum[r], init + j);
           for (int64_t c = 0; c < classes; c++, wj += w_tap) {
             const int64_t taps = least + (c < more);
-            each_taps<A == 1 ? most : 2>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
+            each_taps<GAPS ? 2 : most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
               constexpr int T = number;
               V wk[T][H];
               const E* from = wj + k * w_step;
@@ -361,7 +357,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 #pragma GCC unroll 4
                   for (int a = 0; a < A; a++) {
                     get(v + a * vectors<E>, row + at[a]);
-                    if (A > 1) __builtin_prefetch(row + at[a] + ahead);
+                    if (GAPS) __builtin_prefetch(row + at[a] + ahead);
                   }
 #pragma GCC unroll 8
                   for (int t = 0; t < T; t++)
@@ -371,7 +367,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
             });
             rows += taps + N - 1;
           }
-          prefetch<A == 1 ? N : 1>(in, m * S + off + (K - 1) * D + N * L, L, at[0]);
+          prefetch<GAPS ? 1 : N>(in, m * S + off + (K - 1) * D + N * L, L, at[0]);
 #pragma GCC unroll 4
           for (int a = 0; a < A; a++) {
             E* to = out.data + m * out.stride + out.at(i + a * at_once<E>);
@@ -479,7 +475,9 @@ template <class R, class T> void unpack(int bytes, const View& v, T* dst, const 
 template <class R, class T> void fill(int bytes, const View& v, T* dst, const Tile& t, int64_t a, int64_t b, const R* values) { SIMD(R, fill(v, dst, t, a, b, values)); }
 template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
 template <class E> void conv(int bytes, Rows<E> out, int64_t out_rows, Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
-  SIMD(decltype(load(E())), conv(slots, in, in_rows, out, out_rows, S, off, D, K, w, w_tap, init, period, table));
+  using R = decltype(load(E()));
+  if (in.skip && slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true>(out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table));
+  else SIMD(R, template conv<false>(out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table));
 }
 template <class R, class E> void correlate(int bytes, R* sums, int64_t tap, Rows<const E> g, int64_t g_rows, Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t period, int64_t slots, const void** table) {
   SIMD(R, correlate(sums, tap, g, g_rows, x, x_rows, S, off, D, K, period, slots, table));
