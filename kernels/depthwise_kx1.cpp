@@ -102,7 +102,8 @@ template <int MOST, class F> INLINE void each_taps(int64_t n, const F& f) {
     for (; n - k >= 7; k += 7) f(k, Number<7>());
     if (n - k >= 5) f(k, Number<5>()), k += 5;
   }
-  for (; n - k >= 3; k += 3) f(k, Number<3>());
+  constexpr int few = std::min(MOST, 3);
+  for (; n - k >= few; k += few) f(k, Number<few>());
   for (; k < n; k++) f(k, Number<1>());
 }
 
@@ -126,6 +127,10 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   template <class T> static INLINE void get(V* v, const T* p) {
     v[0] = *(const Bits*)p;
     if constexpr (vectors<T> == 2) v[1] = widen<V>((T*)0, (U)v[0] & 0xffff0000u), v[0] = widen<V>((T*)0, (U)v[0] << 16);
+  }
+  template <int A, class T> static INLINE void get(V* v, const T* p) {  // A times as many
+#pragma GCC unroll 4
+    for (int a = 0; a < A; a++) get(v + a * vectors<T>, p + a * at_once<T>);
   }
   template <class T> static INLINE void put(T* p, const V* v) {
     if constexpr (vectors<T> == 1) *(Bits*)p = v[0];
@@ -295,15 +300,18 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     int64_t first = v.col + t.q * v.step, last = first + (t.nq - 1) * v.step + 1;
     if (t.nq <= 0) first = last = b;
     if (v.step == 1 && first <= a && last >= b) return;
+    if (v.step > 2 && v.px == 1 && t.lanes == 1) first = last = b;  // there, too: vectors are faster, and unpack comes later
     for (int64_t r = t.row; r < t.row + t.rows; r++)
-      for (int64_t c = a, slot = first; c < b; c++) {
+      for (int64_t c = a, slot = first, n; c < b; c += n) {
+        n = 1;
         if (c == slot && c < last) {
           slot += v.step;
           if (v.step > 1 && !(v.step == 2 && v.px == 1 && t.lanes == 1)) continue;
           if ((c = last) >= b) break;
         }
         T* to = dst + r * v.row + c * v.px;
-        if (v.lane == 1) put(to, values, t.present);
+        if (v.px == 1 && t.lanes == 1) put(to, values, n = std::min((c < first ? first : b) - c, 4 * size));
+        else if (v.lane == 1) put(to, values, t.present);
         else for (int64_t l = 0; l < t.present; l++) store(to + l * v.lane, values[l]);
       }
   }
@@ -311,10 +319,13 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   // Row m of out = init + the taps k whose row m * S + off + k * D of in exists. Output rows are taken 8 at a time and taps up to 7,
   // both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all. Weights and init repeat every `period` slots.
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
-  template <class E>
+  // Where columns of in have gaps, the processor foresees few rows at a time: GAPS takes half as many, of A times as many slots, and prefetches.
+  template <bool GAPS, class E>
   static INLINE void conv(const Rows<E> out, int64_t out_rows, const Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
-    constexpr int N = BYTES == 64 || vectors<E> == 1 ? 8 : 4;  // as many sums as registers hold
-    constexpr int64_t step = at_once<E>;
+    constexpr int N = !GAPS && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !GAPS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
+    constexpr int H = A * vectors<E>;
+    constexpr int64_t step = A * at_once<E>;
+    const int64_t px = in.lanes + in.skip, ahead = std::max<int64_t>(2048 / (px * sizeof(E)), 1) * px;
     const int64_t L = std::lcm(S, D), jump = L / S, every = L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride;
     for (int64_t start = 0; start < std::min(jump, out_rows); start++)
       for (int64_t m = start; m < out_rows; m += N * jump) {
@@ -324,40 +335,46 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
           if (i > slots - step) i = slots - step, j = tail;
           const void** rows = table;
           const E* wj = w + k0 * w_tap + j;
-          int64_t at = in.at(i);
-          asm("" : "+r"(rows), "+r"(wj), "+r"(at));
-          V sum[N][vectors<E>];
+          int64_t at[A];
+#pragma GCC unroll 4
+          for (int a = 0; a < A; a++) at[a] = in.at(i + a * at_once<E>);
+          asm("" : "+r"(rows), "+r"(wj), "+r"(at[0]));
+          V sum[N][H];
 #pragma GCC unroll 8
-          for (int r = 0; r < N; r++) get(sum[r], init + j);
+          for (int r = 0; r < N; r++) get<A>(sum[r], init + j);
           for (int64_t c = 0; c < classes; c++, wj += w_tap) {
             const int64_t taps = least + (c < more);
-            each_taps<most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
+            each_taps<GAPS ? 2 : most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
               constexpr int T = number;
-              V wk[T][vectors<E>];
+              V wk[T][H];
               const E* from = wj + k * w_step;
 #pragma GCC unroll 8
-              for (int t = 0; t < T; t++, from += w_step) get(wk[t], from);
+              for (int t = 0; t < T; t++, from += w_step) get<A>(wk[t], from);
 #pragma GCC unroll 16
               for (int p = 0; p < N + T - 1; p++)
                 if (const E* row = (const E*)rows[k + p]) {
-                  V v[vectors<E>];
-                  get(v, row + at);
+                  V v[H];
+#pragma GCC unroll 4
+                  for (int a = 0; a < A; a++) {
+                    get(v + a * vectors<E>, row + at[a]);
+                    if (GAPS) __builtin_prefetch(row + at[a] + ahead);
+                  }
 #pragma GCC unroll 8
                   for (int t = 0; t < T; t++)
                     if (p - t >= 0 && p - t < N)
-                      for (int h = 0; h < vectors<E>; h++) sum[p - t][h] += wk[t][h] * v[h];
+                      for (int h = 0; h < H; h++) sum[p - t][h] += wk[t][h] * v[h];
                 }
             });
             rows += taps + N - 1;
           }
-          prefetch<N>(in, m * S + off + (K - 1) * D + N * L, L, at);
-          if (in.skip)  // nor does it foresee what comes behind a gap
-            for (const void** row = table; row < rows; row++)
-              if (*row) __builtin_prefetch((const E*)*row + at + 2 * (in.lanes + in.skip), 0, 2);  // rows so many crowd one another out of the first cache
-          E* to = out.data + m * out.stride + out.at(i);
+          prefetch<GAPS ? 1 : N>(in, m * S + off + (K - 1) * D + N * L, L, at[0]);
+#pragma GCC unroll 4
+          for (int a = 0; a < A; a++) {
+            E* to = out.data + m * out.stride + out.at(i + a * at_once<E>);
 #pragma GCC unroll 8
-          for (int r = 0; r < N; r++, to += o_step)
-            if (r < count) put(to, sum[r]);
+            for (int r = 0; r < N; r++, to += o_step)
+              if (r < count) put(to, sum[r] + a * vectors<E>);
+          }
           if ((j += wrap) >= period) j -= period;
         }
       }
@@ -458,7 +475,9 @@ template <class R, class T> void unpack(int bytes, const View& v, T* dst, const 
 template <class R, class T> void fill(int bytes, const View& v, T* dst, const Tile& t, int64_t a, int64_t b, const R* values) { SIMD(R, fill(v, dst, t, a, b, values)); }
 template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
 template <class E> void conv(int bytes, Rows<E> out, int64_t out_rows, Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
-  SIMD(decltype(load(E())), conv(out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table));
+  using R = decltype(load(E()));
+  if (in.skip && slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true>(out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table));
+  else SIMD(R, template conv<false>(out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table));
 }
 template <class R, class E> void correlate(int bytes, R* sums, int64_t tap, Rows<const E> g, int64_t g_rows, Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t period, int64_t slots, const void** table) {
   SIMD(R, correlate(sums, tap, g, g_rows, x, x_rows, S, off, D, K, period, slots, table));
@@ -481,7 +500,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   using R = decltype(load(T()));
   const Problem& p = j.p;
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
-  const int64_t bands = j.bands, units = j.images * bands * j.column_tiles, w_tap = j.lanes + vector;
+  const int64_t bands = j.bands, units = j.images * bands * j.column_tiles, w_tap = j.lanes + 4 * vector;
   const int64_t full = (ns + vector - 1) / vector * vector, tap = full + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t size = 2 * (K + 1) * w_tap + K * tap + ns + (j.direct ? ns : (j.in_rows + 2 * j.band) * ns);
@@ -538,6 +557,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       i0 = clamp(i0, 0, vi.rows), i1 = clamp(i1, i0, vi.rows);
       const Tile tin{i0, i1 - i0, q0, nq, lanes, present}, tout{o0, o1 - o0, q0, nq, lanes, present};
       T* image_out = j.out ? (T*)j.out + image(vo) : nullptr;
+      if (j.out) fill(j.bytes, vo, image_out, tout, ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
         const auto* init = weights + K * w_tap;
         if (j.out && j.forward) conv(j.bytes, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, lanes, slots, table.data());
@@ -578,7 +598,6 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         compute(Rows<R>{buffer_out, ns}, packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x), weights);
         if (j.out) unpack(j.bytes, vo, image_out, tout, Rows<R>{buffer_out, ns}, init);
       }
-      if (j.out) fill(j.bytes, vo, image_out, tout, ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
         for (int64_t h = p.H_out * b / bands; h < p.H_out * (b + 1) / bands; h++) {
@@ -633,17 +652,18 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.channels = narrow && p.C < vector ? vector / p.C * p.C : p.C;
   j.images = (p.N * p.C + j.channels - 1) / j.channels;
   j.nq = std::min(Q, std::max<int64_t>(1, wanted / j.lanes));
+  const int64_t blocks = ceil_div(j.channels, j.lanes);
+  // contiguous numbers in a row of a tile
+  const int64_t run = p.channels_last && (p.stride_w > 1 || j.lanes < p.C) ? j.lanes : Q / ceil_div(Q, j.nq) * j.lanes, element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
+  j.bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
+  const int64_t at_once = j.bytes / element;
+  j.direct = p.type != Type::f16 && !narrow && run >= at_once && (std::min(p.K, j.vin.rows) <= 12 || j.vin.row <= 512) &&
+             ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && j.lanes % at_once == 0 && p.C % at_once == 0));
+  if (j.direct && j.forward && p.stride_w > 1) j.nq = std::min(Q, 8 * wanted / j.lanes);
   j.slots = (j.nq * j.lanes + vector - 1) / vector * vector;
   j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
   j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
-  const int64_t blocks = ceil_div(j.channels, j.lanes);
-  // contiguous numbers in a row of a tile
-  const int64_t run = p.stride_w > 1 || (p.channels_last && j.lanes < p.C) ? j.lanes : Q / j.column_tiles * j.lanes, element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
-  j.bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
-  const int64_t at_once = j.bytes / element;
-  j.direct = p.type != Type::f16 && !narrow && run >= at_once && (p.K <= 12 || j.vin.row <= 512) &&
-             ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && j.lanes % at_once == 0 && p.C % at_once == 0));
   const int64_t units = j.images * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
   j.groups = clamp(total / blocks / std::max({budget, total / 256, 8 * (p.K + 1) * j.slots, (j.forward ? 0 : 32 * (p.K + 1) * j.lanes)}), 1, units);
