@@ -211,13 +211,15 @@ def compare(case, dtype, device, make, gradients=("x", "weight", "bias"), prepar
     y = run(theirs if by is run else ours, x, ())[0]
     grad_output, wrong = make(y.shape, dtype=dtype, device=device), []
     allowed = DTYPES[dtype] * (1 if by is run else 4)  # random cases include sums of equal numbers, all rounded the same way
-    least = 0.3 * grad_output.cpu().double().norm().item()  # outputs and all gradients are commonly larger
+    least = dict.fromkeys(("output", "x"), 0.3 * grad_output.cpu().double().norm().item())  # outputs and all gradients are commonly larger
+    repeats = math.prod(size for size, stride in zip(grad_output.shape, grad_output.stride()) if stride == 0)  # of terms, with their rounding
+    least["weight"] = least["bias"] = least["x"] * math.sqrt(repeats)
     mine, reference, rival = run(ours, x, gradients, grad_output), by(exact, x.double(), gradients, grad_output.double()), None
     for i, name in enumerate(["output", *asked(ours, gradients)]):
-        found = error(mine[i], reference[i], least) if mine[i].shape == reference[i].shape else math.inf
+        found = error(mine[i], reference[i], least[name]) if mine[i].shape == reference[i].shape else math.inf
         if not found <= allowed:
             rival = rival or run(theirs, x, gradients, grad_output)
-        if mine[i].dtype != dtype or rival and not found <= max(allowed, error(rival[i], reference[i], least)):
+        if mine[i].dtype != dtype or rival and not found <= max(allowed, error(rival[i], reference[i], least[name])):
             wrong.append(f"{case}, {dtype}, {name}: error {found:.1e}, shape {tuple(mine[i].shape)}, {mine[i].dtype}")
     if used_strides(mine[0]) != used_strides(y):
         wrong.append(f"{case}, {dtype}: output strides {mine[0].stride()}, nn.Conv2d's {y.stride()}")

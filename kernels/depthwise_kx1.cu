@@ -315,7 +315,7 @@ constexpr int march_vector(int size, int M, bool gradient) {
 }
 constexpr int march_blocks(int M, int V, bool gradient) {
   const int numbers = M * V * (gradient ? 3 : 2);
-  return numbers <= 36 ? 5 : numbers < 66 ? 4 : numbers <= 130 ? 3 : 2;
+  return numbers < 66 ? 4 : numbers <= 130 ? 3 : 2;
 }
 
 // For channels_last. Reads `in` (and x if Gradient) once but for the K - 1 rows where bands meet, writes out once. A thread marches over
