@@ -117,6 +117,9 @@ CASES = [Case(*row) for row in [
     ("N = 0",                      (0, 4, 12, 8),      3, 1,      1,       1,       True),
 ]] + [Case(f"K={K}", (2, 3, 40, 9), K, 1, (K // 2, 0), 1, K % 2 == 0) for K in [*range(1, 36), 47, 48, 49, 50]] \
    + [Case(f"K={K}, aligned", (1, 2, 72, 64), K, 1, (K // 2, 0), 1, False) for K in (16, 17, 18, 31, 33, 63, 64, 65, 128)] \
+   + [Case(f"K={K}, 1024 numbers in a row", (2, 64, 45, 16), K, 1, (K // 2, 0), 1, K % 2 == 0) for K in (*range(1, 13), 21, 22, 31)] \
+   + [Case(f"bands, dilation {d}", (3, 24, 117, 24), K, 1, (K * d // 2, 2), (d, 1), True) for K, d in ((3, 1), (6, 2), (11, 3))] \
+   + [Case("shared memory of nearly 48 KB", (1, 24, 200, 56), 4, 1, 2, 1, True)] \
    + [Case(f"W={W}", (2, 4, 19, W), 5, 1, (2, 0), 1, True) for W in (2, 3, 4, 7, 8, 15, 31, 33, 65, 129, 257)]
 
 VIEWS = {  # a random tensor of the shape and dtype, stored in unusual ways
