@@ -631,7 +631,7 @@ template <bool Aligned> __device__ void copy_pair(unsigned char* to, int pitch, 
         const int skipped = reinterpret_cast<uintptr_t>(p) & 15, offset = granule * 16 - skipped;
         unsigned char* const q = to + row * pitch + offset;
         if (!inner) copy_async(q, p - skipped, row >= lo && row < hi && offset + 16 > begin ? min(max(end - offset, 0), 16) : 0);
-        else if (i < 8 || skipped) copy_async(q, p - skipped, 16);
+        else if (i < 8 || skipped) copy_async(q, p - skipped, i < 8 ? 16 : skipped);
       }
     };
     if (lo <= 0 && hi >= step && begin <= 0 && end >= strip_bytes) copy.template operator()<true>();
