@@ -542,7 +542,7 @@ __device__ int next_steps(const Toeplitz& a, int& unit) {  // of the next unit t
 // shared memory: the taps, and of each warp a ring of pairs of blocks of `in` that a step needs and of the one under way, 32 rows of x,
 // the D_t, and a place where unaligned rows of out are put together. In registers: out's two blocks and x's. All blocks are read from
 // the ring once a step, so registers do not depend on the number of taps. Written are out, each number once, and a block's sums of
-// D_t and of grad_output (`partial`), which toeplitz_reduce adds up in fixed order.
+// D_t and of grad_output (`partial`), which `reduce` adds up in fixed order.
 //
 // Columns can be dealt to the fragments at will: a lane gets contiguous columns of in and of out. A pitch of 16 modulo 128 bytes
 // keeps all this free of bank conflicts. Rows that do not line up with 16 bytes lie in shared memory as they do in global memory;
@@ -1891,14 +1891,13 @@ template <class T, int M, bool Gradient> Outcome march_by(const Call& c) {
 
 template <class T> Outcome launch_march(const Call& c) {
   const auto by = [&]<int M> { return (c.transposed ? march_by<T, M, true> : march_by<T, M, false>)(c); };
-  if (c.p.K <= 3) return c.transposed ? march_by<T, 3, true>(c) : Outcome{};
+  if (c.p.K <= 3) return march_by<T, 3, true>(c);
   if (c.p.K <= 7) return by.template operator()<7>();
-  if (c.p.K <= 11) return by.template operator()<11>();
   if constexpr (sizeof(T) == 4) {
-    if (c.p.K <= 21) return by.template operator()<21>();
-    if (c.p.K <= 31) return by.template operator()<31>();
+    if (c.p.K > 21) return by.template operator()<31>();
+    if (c.p.K > 11) return by.template operator()<21>();
   }
-  return {};
+  return by.template operator()<11>();
 }
 
 // Whether the tiles of tensor cores are aligned.
@@ -2010,7 +2009,8 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + std::min<int64_t>(Gradient ? ceil_div(rows + p.K - 1, p.stride_h) + (Strided ? 1 : 0) : (rows - 1) * p.stride_h + p.K, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
   // As many rows or planes as leave room for the blocks that registers have room for.
-  const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(Gradient) - 2048 - (Gradient ? sizeof(float) * (M ? std::max<int64_t>(p.K - (Strided ? 0 : M), 0) : 0) * bulk_threads : 0)) / bulk_slots;
+  const int64_t sums = Gradient && M ? sizeof(float) * bulk_threads * std::max<int64_t>(p.K - (Strided ? 0 : M), 0) : 0;  // of taps beyond registers
+  const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(Gradient) - 2048 - sums) / bulk_slots;
   const int64_t out_step = Gradient ? p.stride_h : 1;
   int64_t band_rows = a.out_rows, planes = 1;
   for (int64_t bands = 2; slot_bytes(1, band_rows) > room && band_rows > R * out_step; ++bands) band_rows = round_up(ceil_div(a.out_rows, bands), R * out_step);
@@ -2023,7 +2023,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   a.planes = planes, a.band_rows = band_rows, a.bands = bands, a.chunks = p.N * bands, a.slices = slices;
   while (planes << a.log2_tx < bulk_threads) ++a.log2_tx;
   a.sums_at = round_up(sizeof(float) * planes * p.K, 16);
-  a.slots_at = a.sums_at + (Gradient ? sizeof(float) * (M ? std::max<int64_t>(p.K - (Strided ? 0 : M), 0) : 0) * bulk_threads : 0);
+  a.slots_at = a.sums_at + sums;
   a.out_at = in_bytes(planes, band_rows), a.slot_bytes = slot_bytes(planes, band_rows);
   plan.shared = a.slots_at + std::max<int64_t>(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
   const int64_t blocks = std::min<int64_t>(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
@@ -2058,7 +2058,7 @@ Attempt march_f32, march_f16, march_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplit
 // The choice of kernel: the first row that holds and whose kernel can. Where each pays is by measurement, on an H100.
 const char* launch(const Call& c) {
   const Problem& p = c.p;
-  const bool f64 = p.type == Type::f64, f32 = p.type == Type::f32, half = !f64 && !f32, last = p.channels_last, back = c.transposed;
+  const bool f64 = p.type == Type::f64, f32 = p.type == Type::f32, two_bytes = !f64 && !f32, last = p.channels_last, back = c.transposed;
   const bool aligned = alignment(c) >= 16, dense = p.stride_h == 1 && p.stride_w == 1;
   const int size = size_of(p.type), capability = current_device().capability;
   // The bulk copy engine takes contiguous planes as stretches of memory. Tensor cores take tiles: a third at least is to be used.
@@ -2070,13 +2070,13 @@ const char* launch(const Call& c) {
   Attempt* const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
       {f64, walk_f64},
-      {capability >= 8 && dense && last && (!back || H >= 24), by_type(march_f32, march_f16, march_bf16)},
-      {stretches && half && !aligned && p.K <= 16, bulk},
-      {stretches && half && back && p.K <= 3, bulk},
+      {capability >= 8 && dense && last && p.K <= (f32 ? 31 : 11) && (back ? H >= 24 : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
+      {stretches && two_bytes && !aligned && p.K <= 16, bulk},
+      {stretches && two_bytes && back && p.K <= 3, bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
       {stretches && f32 && !back && dense && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
-      {tiles && half && last && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
-      {tiles && half && !last && p.K > (aligned_tiles(c) && !back ? 3 : 2), by_type(nullptr, toeplitz_f16, toeplitz_bf16)},
+      {tiles && two_bytes && last && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
+      {tiles && two_bytes && !last && p.K > (aligned_tiles(c) && !back ? 3 : 2), by_type(nullptr, toeplitz_f16, toeplitz_bf16)},
       {tiles && f32 && !last && p.K > 21, toeplitz_f32},
       {aligned && p.K <= 3, by_type(walk_3_f32, walk_3_f16, walk_3_bf16)},
       {alignment(c) >= 4 * size && (f32 || last), by_type(walk_4_f32, walk_4_f16, walk_4_bf16)},
