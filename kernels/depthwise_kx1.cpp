@@ -85,15 +85,11 @@ INLINE int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return std::max(lo, st
 
 // Pixel column q of lane l of row r of an image lies at r * row + (col + q * step) * px + l * lane.
 struct View { int64_t rows, width, col, step, px, row, lane; };
-// Rows of slots; behind each `lanes` of them, `skip` numbers that are none. No vector begins behind number `last` of them: there it overlaps the one before.
+// Rows of slots; behind each `lanes` of them, `skip` numbers that are none
 template <class R> struct Rows {
   R* data;
-  int64_t stride, lanes = 1, skip = 0, last = lanes;
-  int64_t at(int64_t slot) const {
-    if (!skip) return slot;
-    const int64_t pixel = uint32_t(slot) / uint32_t(lanes);
-    return pixel * (lanes + skip) + std::min(slot - pixel * lanes, last);
-  }
+  int64_t stride, lanes = 1, skip = 0;
+  int64_t at(int64_t slot) const { return skip ? slot + uint32_t(slot) / uint32_t(lanes) * skip : slot; }
 };
 // Rows [row, row + rows), pixel columns [q, q + nq), and how many of the lanes exist
 struct Tile { int64_t row, rows, q, nq, lanes, present; };
@@ -231,15 +227,16 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   }
 
   // Slots that do not exist are zero.
-  template <class T> static INLINE void pack(const View v, const T* src, const Tile t, R* dst, int64_t stride) {
+  template <class T> static INLINE void pack(const View v, const T* src, const Tile t, const Rows<R> to) {
     int64_t px = v.step * v.px, n = t.nq * t.lanes, nq = t.nq, rows = t.rows;
+    R* dst = to.data;
     src += t.row * v.row + (v.col + t.q * v.step) * v.px;
-    if (n == stride && v.row == nq * px && rows) n *= rows, nq *= rows, rows = 1;  // rows that follow one another are one
+    if (n == to.stride && v.row == nq * px && rows) n *= rows, nq *= rows, rows = 1;  // rows that follow one another are one
     const int64_t run = (v.lane != 1 && t.lanes > 1) || t.present < t.lanes ? 0 : t.lanes == px ? n : t.lanes;  // contiguous numbers
-    for (int64_t r = 0; r < rows; r++, src += v.row, dst += stride) {
+    for (int64_t r = 0; r < rows; r++, src += v.row, dst += to.stride) {
       const T* from = src;
       if (run > (px > 1))
-        for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run > 4 ? std::max(run, std::min(at_once<T>, n - i)) : run);  // whole vectors, even into what follows
+        for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run);
       else if (t.lanes == size && px == 1 && nq >= at_once<T>)
         for (int64_t q = 0; q < nq; q += at_once<T>) {
           q = std::min(q, nq - at_once<T>);  // the last ones again, rather than fewer
@@ -265,12 +262,13 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   }
 
   // The reverse
-  template <class T> static INLINE void unpack(const View v, T* dst, const Tile t, const R* src, int64_t stride, const R* values) {
+  template <class T> static INLINE void unpack(const View v, T* dst, const Tile t, const Rows<R> from, const R* values) {
     int64_t px = v.step * v.px, n = t.nq * t.lanes, nq = t.nq, rows = t.rows;
+    const R* src = from.data;
     dst += t.row * v.row + (v.col + t.q * v.step) * v.px;
-    if (n == stride && v.row == nq * px && rows) n *= rows, nq *= rows, rows = 1;
+    if (n == from.stride && v.row == nq * px && rows) n *= rows, nq *= rows, rows = 1;
     const int64_t run = (v.lane != 1 && t.lanes > 1) || t.present < t.lanes ? 0 : t.lanes == px ? n : t.lanes;
-    for (int64_t r = 0; r < rows; r++, dst += v.row, src += stride) {
+    for (int64_t r = 0; r < rows; r++, dst += v.row, src += from.stride) {
       T* to = dst;
       if (run > (px > 1))
         for (int64_t i = 0; i < n; i += run, to += px) put(to, src + i, run);
@@ -472,8 +470,8 @@ const int vector_bytes = 16;
 template <class F> void simd(int, const F& f) { f(Number<16>()); }
 #endif
 #define SIMD(R, ...) simd(bytes, [&](auto number) __attribute__((always_inline)) { Vector<R, number.value>::__VA_ARGS__; })
-template <class R, class T> void pack(int bytes, const View& v, const T* src, const Tile& t, Rows<R> to) { SIMD(R, pack(v, src, t, to.data, to.stride)); }
-template <class R, class T> void unpack(int bytes, const View& v, T* dst, const Tile& t, Rows<R> from, const R* values) { SIMD(R, unpack(v, dst, t, from.data, from.stride, values)); }
+template <class R, class T> void pack(int bytes, const View& v, const T* src, const Tile& t, Rows<R> to) { SIMD(R, pack(v, src, t, to)); }
+template <class R, class T> void unpack(int bytes, const View& v, T* dst, const Tile& t, Rows<R> from, const R* values) { SIMD(R, unpack(v, dst, t, from, values)); }
 template <class R, class T> void fill(int bytes, const View& v, T* dst, const Tile& t, int64_t a, int64_t b, const R* values) { SIMD(R, fill(v, dst, t, a, b, values)); }
 template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
 template <class E> void conv(int bytes, Rows<E> out, int64_t out_rows, Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
@@ -491,7 +489,7 @@ struct Job {
   void* out;                           // y or grad_input
   bool forward, want_weight, want_bias, direct;
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
-  int64_t lanes, padded, channels, images;  // lanes per tile, the same in whole vectors if the last one overlaps; channels and images as regrouped (narrow planes of few channels)
+  int64_t lanes, channels, images;     // lanes per tile; channels and images as regrouped (narrow planes of few channels)
   int64_t q_begin, q_end, nq, band;    // columns that meet x; columns per tile, rows of out per tile
   int64_t column_tiles, bands, groups, in_rows, slots;
   int bytes;                           // per vector
@@ -502,7 +500,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   using R = decltype(load(T()));
   const Problem& p = j.p;
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
-  const int64_t bands = j.bands, units = j.images * bands * j.column_tiles, w_tap = j.padded + 4 * vector;
+  const int64_t bands = j.bands, units = j.images * bands * j.column_tiles, w_tap = j.lanes + 4 * vector;
   const int64_t full = (ns + vector - 1) / vector * vector, tap = full + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t size = 2 * (K + 1) * w_tap + K * tap + ns + (j.direct ? ns : (j.in_rows + 2 * j.band) * ns);
@@ -515,17 +513,13 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
   for (int64_t t = begin, built = -1; t < end; t++) {
     int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = p.channels_last ? std::min(j.lanes, j.channels - c0) : j.lanes;
-    const int64_t padded = j.padded > j.lanes ? j.padded : lanes;
     for (int64_t k = 0; k <= K && c0 != built; k++) {
       const T* from = k < K ? (const T*)j.weight : (const T*)j.bias;
       R* to = weights + k * w_tap;
       T* raw = raw_weights + k * w_tap;
-      for (int64_t i = 0, c = c0; i < padded; i++, c = c + 1 < p.C ? c + 1 : 0) {
-        if (padded > lanes && i == padded - vector) c = lanes - vector;
-        raw[i] = from ? from[k < K ? c * K + k : c] : T{}, to[i] = load(raw[i]);
-      }
+      for (int64_t i = 0, c = c0; i < lanes; i++, c = c + 1 < p.C ? c + 1 : 0) raw[i] = from ? from[k < K ? c * K + k : c] : T{}, to[i] = load(raw[i]);
       if (lanes == 1) std::fill(to, to + w_tap, *to), std::fill(raw, raw + w_tap, *raw);
-      for (int64_t i = padded, n; i < w_tap && lanes > 1; i += n)
+      for (int64_t i = lanes, n; i < w_tap && lanes > 1; i += n)
         n = std::min(i, w_tap - i), std::copy(to, to + n, to + i), std::copy(raw, raw + n, raw + i);
     }
     built = c0;
@@ -556,7 +550,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       int64_t present = p.channels_last ? lanes : std::min({lanes, j.channels - c0, p.N * p.C - (n * j.channels + c0)});
       auto image = [&](const View& v) { return p.channels_last ? n * v.rows * v.row + c0 : (n * j.channels + c0) * v.rows * v.row; };
       const View &vi = j.vin, &vo = j.vout;
-      const int64_t slots = j.direct ? nq * padded : (nq * lanes + vector - 1) / vector * vector;
+      const int64_t slots = j.direct ? nq * lanes : (nq * lanes + vector - 1) / vector * vector;
       // the rows of in that out rows [o0, o1) meet
       int64_t i0 = j.forward ? o0 * S - pad : ceil_div(o0 + pad - (K - 1) * D, S);
       int64_t i1 = j.forward ? (o1 - 1) * S - pad + (K - 1) * D + 1 : ceil_div(o1 + pad, S);
@@ -566,7 +560,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       if (j.out) fill(j.bytes, vo, image_out, tout, ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
         const auto* init = weights + K * w_tap;
-        if (j.out && j.forward) conv(j.bytes, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, padded, slots, table.data());
+        if (j.out && j.forward) conv(j.bytes, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, lanes, slots, table.data());
         if (j.out && !j.forward) for (int64_t i = o0; i < std::min(o0 + S, o1); i++) {
           // Rows i, i + S, ... of grad_input meet only the taps k, k + every, ...; the last of them meets the first row of grad_output.
           int64_t k = 0, every = S / std::gcd(S, D);
@@ -575,7 +569,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           auto rows = out;
           rows.data += (i - o0) * out.stride, rows.stride *= S;
           conv(j.bytes, rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
-               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, padded, slots, table.data());
+               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, lanes, slots, table.data());
         }
         if (j.want_weight) {
           if (last >= 0 && last != slots) reduce(last);
@@ -592,7 +586,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         }
       };
       auto in_place = [&](const View& v, auto* from, const Tile& t) {
-        return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v) + t.row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, padded, v.step * v.px - padded, lanes - vector};
+        return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v) + t.row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, lanes, v.step * v.px - lanes};
       };
       auto packed = [&](const View& v, const void* from, const Tile& t, R* buffer) {
         if (from) pack(j.bytes, v, (const T*)from + image(v), t, Rows<R>{buffer, ns});
@@ -664,8 +658,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
   const int64_t at_once = j.bytes / element;
   j.direct = p.type != Type::f16 && !narrow && run >= at_once && (std::min(p.K, j.vin.rows) <= 12 || j.vin.row <= 512) &&
-             ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && ((j.lanes % at_once == 0 && p.C % at_once == 0) || (j.forward && j.lanes == p.C && Q == p.W_out))));
-  j.padded = j.direct && j.forward && p.stride_w > 1 ? ceil_div(j.lanes, at_once) * at_once : j.lanes;
+             ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && j.lanes % at_once == 0 && p.C % at_once == 0));
   if (j.direct && j.forward && p.stride_w > 1) j.nq = std::min(Q, 8 * wanted / j.lanes);
   j.slots = (j.nq * j.lanes + vector - 1) / vector * vector;
   j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
