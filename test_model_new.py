@@ -112,6 +112,7 @@ CASES = [Case(*row) for row in [
     ("low planes, more taps",      (1, 2, 2, 2377),    35, 1,     (17, 0), 1,       True),
     ("bands of odd rows",          (2, 3, 333, 51),    5, 1,      (2, 0),  1,       True),
     ("bands, padded",              (2, 3, 100, 130),   12, 1,     (5, 1),  1,       True),
+    ("a column of padding alone",  (5, 11, 40, 1),     3, (1, 3), (3, 1),  1,       True),
     ("unbatched",                  (8, 20, 11),        3, 1,      1,       1,       True),
     ("unbatched, strided",         (3, 21, 12),        5, 2,      (2, 0),  1,       False),
     ("N = 0",                      (0, 4, 12, 8),      3, 1,      1,       1,       True),
