@@ -151,9 +151,9 @@ def _compile(name, folder, sources, cflags, cuda_flags, cuda_home):
     with patch.object(logging.getLogger("torch.utils.cpp_extension"), "disabled", True):  # where it finds no GPU, it says so
         from torch.utils import cpp_extension
     # load_inline makes one file of all C++ and one of all CUDA; the others are compiled beside them, in a third of the time.
-    (shared, cpu, *types, operators, eager), (templates, first, *more) = (
+    (shared, cpu, *types, operators), (templates, first, *more) = (
         re.split("// ---- end of .* ----\n", sources[name]) for name in ("depthwise_kx1.cpp", "depthwise_kx1.cu"))
-    others = {"eager.cpp": eager} | {f"cpu{i}.cpp": shared + cpu + part for i, part in enumerate(types)}
+    others = {f"cpu{i}.cpp": shared + cpu + part for i, part in enumerate(types)}
     others |= {f"{i}.cu": shared + templates + part for i, part in enumerate(more) if cuda_home}
     for file, text in others.items():
         with open(f"{folder}/{file}", "w", encoding="utf-8") as file:

@@ -733,13 +733,22 @@ void float16_tasks(const void* job, int64_t begin, int64_t end) { tasks<Half>(*s
 void bfloat16_tasks(const void* job, int64_t begin, int64_t end) { tasks<BFloat16>(*static_cast<const Job*>(job), begin, end); }
 // ---- end of the CPU kernels for bfloat16 ----
 
+#define AT_PER_OPERATOR_HEADERS  // a second less to compile
+#if __has_include(<Python.h>)
+#include <Python.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+#endif
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
 
-#include <ATen/EmptyTensor.h>  // of ATen only what is light: a Tensor's base class
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
+#include <ATen/EmptyTensor.h>
+#include <torch/library.h>
 #ifdef WITH_CUDA
 #include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -747,22 +756,11 @@ void bfloat16_tasks(const void* job, int64_t begin, int64_t end) { tasks<BFloat1
 #endif
 
 // ---- The operators ----
-// The CPU and CUDA kernels of forward and backward. They are registered through PyTorch's stable ABI, since the headers of its
-// full one take ten seconds. Schemas and all that is not computation (autograd, autocast, vmap, fake tensors) are in model_new.py.
+// The CPU and CUDA kernels of forward and backward. Schemas and all that is not computation (autograd, autocast, vmap, fake tensors)
+// are in model_new.py.
 namespace {
 
-using at::MemoryFormat;
-using Tensor = at::TensorBase;
-using Handle = torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
-
-const Tensor& tensor(const Handle& handle) { return *reinterpret_cast<const Tensor*>(handle.get()); }  // what a handle points to
-
-Handle handle(const Tensor& t) {
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(reinterpret_cast<AtenTensorHandle>(const_cast<Tensor*>(&t)), &made));
-  return Handle(made);
-}
+using at::MemoryFormat, at::Tensor;
 
 // Messages are put together without iostreams, which crash in a library that a compiler has linked with a static libstdc++.
 std::string text(const char* s) { return s; }
@@ -786,7 +784,7 @@ void check_like(const char* name, const Tensor& t, const Tensor& x) {
 }
 
 // Every requirement on the arguments, in one place; returns the kernels' view of them.
-Problem check(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntArrayRef stride, at::IntArrayRef padding, int64_t dilation) {
+Problem check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding, int64_t dilation) {
   require(x.dim() == 4, "Expected x to be 3D (C, H, W) or 4D (N, C, H, W), but got x of size: ", x.sizes());
   auto type = x.scalar_type();
   const bool known = type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
@@ -797,9 +795,9 @@ Problem check(const Tensor& x, const Tensor& weight, const Tensor& bias, at::Int
   check_like("weight", weight, x);
   auto s = x.sizes(), w = weight.sizes();
   require(weight.dim() == 4 && w[1] == 1 && w[3] == 1 && w[2] >= 1, "Expected weight of size (C, 1, K, 1), but got weight of size: ", w);
-  if (bias.defined()) {
-    check_like("bias", bias, x);
-    require(bias.dim() == 1 && bias.size(0) == w[0], "Expected bias of size [", w[0], "], but got bias of size: ", bias.sizes());
+  if (bias) {
+    check_like("bias", *bias, x);
+    require(bias->dim() == 1 && bias->size(0) == w[0], "Expected bias of size [", w[0], "], but got bias of size: ", bias->sizes());
   }
   require(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "Expected stride to be two positive integers, but got stride=", at::IntArrayRef(stride));
   require(padding.size() == 4 && padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
@@ -824,19 +822,19 @@ void* mutable_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() 
 
 // On is what differs between CPU and CUDA.
 template <class On>
-Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntArrayRef stride, at::IntArrayRef padding, int64_t dilation) {
+Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding, int64_t dilation) {
   Problem p = check(x, weight, bias, stride, padding, dilation);
   On on(x);
   Tensor y = on.empty({p.N, p.C, p.H_out, p.W_out}, x.scalar_type(), format(p));
   if (y.numel() == 0) return y;
-  Tensor xd = x.contiguous(format(p)), w = weight.contiguous(), b = bias.defined() ? bias.contiguous() : bias;
+  Tensor xd = x.contiguous(format(p)), w = weight.contiguous(), b = bias ? bias->contiguous() : Tensor();
   on.forward(plainest(p), data(xd), data(w), data(b), mutable_data(y));
   return y;
 }
 
 template <class On>
-std::array<Tensor, 3> backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
-                               int64_t dilation, std::array<bool, 3> mask) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight, at::IntArrayRef stride,
+                                            at::IntArrayRef padding, int64_t dilation, std::array<bool, 3> mask) {
   Problem p = check(x, weight, {}, stride, padding, dilation);
   int64_t out[] = {p.N, p.C, p.H_out, p.W_out};
   check_like("grad_output", grad_output, x);
@@ -859,7 +857,7 @@ std::array<Tensor, 3> backward(const Tensor& grad_output, const Tensor& x, const
 
 struct OnCPU {
   explicit OnCPU(const Tensor&) {}
-  static Tensor empty(at::IntArrayRef size, at::ScalarType type, MemoryFormat format) { return at::detail::empty_cpu(size, type, false, format); }
+  static Tensor empty(at::IntArrayRef size, at::ScalarType type, MemoryFormat format) { return Tensor(at::detail::empty_cpu(size, type, false, format)); }
   static constexpr auto forward = cpu_forward;
   static constexpr auto backward = cpu_backward;
 };
@@ -868,7 +866,7 @@ struct OnCPU {
 struct OnCUDA {
   explicit OnCUDA(const Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
   Tensor empty(at::IntArrayRef size, at::ScalarType type, MemoryFormat format) {
-    return at::detail::empty_cuda(size, type, guard.current_device(), format);
+    return Tensor(at::detail::empty_cuda(size, type, guard.current_device(), format));
   }
   void forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y) {
     done(launch({.p = p, .in = x, .weight = weight, .bias = bias, .out = y, .stream = stream}));
@@ -888,62 +886,20 @@ struct OnCUDA {
 };
 #endif
 
-template <class On>
-Handle forward_operator(Handle x, Handle weight, std::optional<Handle> bias, Ints stride, Ints padding, int64_t dilation) {
-  return handle(forward<On>(tensor(x), tensor(weight), bias ? tensor(*bias) : Tensor(), stride, padding, dilation));
-}
-
-template <class On>
-std::tuple<Handle, Handle, Handle> backward_operator(Handle grad_output, Handle x, Handle weight, Ints stride, Ints padding, int64_t dilation,
-                                                     std::vector<bool> mask) {
-  auto grads = backward<On>(tensor(grad_output), tensor(x), tensor(weight), stride, padding, dilation, {mask[0], mask[1], mask[2]});
-  return {handle(grads[0]), handle(grads[1]), handle(grads[2])};
-}
 #ifndef WITH_CUDA
 using OnCUDA = OnCPU;  // unused
 #endif
 }  // namespace
 
-// For the eager call
-Tensor eager_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntArrayRef stride, at::IntArrayRef padding, int64_t dilation) {
-  return (x.is_cuda() ? forward<OnCUDA> : forward<OnCPU>)(x, weight, bias, stride, padding, dilation);
-}
-std::array<Tensor, 3> eager_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
-                                     int64_t dilation, std::array<bool, 3> mask) {
-  return (x.is_cuda() ? backward<OnCUDA> : backward<OnCPU>)(grad_output, x, weight, stride, padding, dilation, mask);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(DEPTHWISE_KX1_NAMESPACE, CPU, m) {
-  m.impl("forward", TORCH_BOX(&forward_operator<OnCPU>));
-  m.impl("backward", TORCH_BOX(&backward_operator<OnCPU>));
-}
+TORCH_LIBRARY_IMPL(DEPTHWISE_KX1_NAMESPACE, CPU, m) { m.impl("forward", forward<OnCPU>), m.impl("backward", backward<OnCPU>); }
 #ifdef WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(DEPTHWISE_KX1_NAMESPACE, CUDA, m) {
-  m.impl("forward", TORCH_BOX(&forward_operator<OnCUDA>));
-  m.impl("backward", TORCH_BOX(&backward_operator<OnCUDA>));
-}
+TORCH_LIBRARY_IMPL(DEPTHWISE_KX1_NAMESPACE, CUDA, m) { m.impl("forward", forward<OnCUDA>), m.impl("backward", backward<OnCUDA>); }
 #endif
-// ---- end of the operators ----
 
 // ---- The plain eager call ----
 // forward as a Python function with an autograd node of its own: the operator's way, through the dispatcher and back into Python
 // for autograd, takes longer than a small convolution. It serves when nothing but autograd would see the call, else it answers None.
 #if __has_include(<Python.h>)
-#define AT_PER_OPERATOR_HEADERS  // a second less to compile
-#include <cstring>
-#include <Python.h>
-#include <ATen/EmptyTensor.h>
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/dynamo/compiled_autograd.h>
-
-at::TensorBase eager_forward(const at::TensorBase& x, const at::TensorBase& weight, const at::TensorBase& bias, at::IntArrayRef stride,
-                             at::IntArrayRef padding, int64_t dilation);
-std::array<at::TensorBase, 3> eager_backward(const at::TensorBase& grad_output, const at::TensorBase& x, const at::TensorBase& weight,
-                                             at::IntArrayRef stride, at::IntArrayRef padding, int64_t dilation, std::array<bool, 3> mask);
-
 // Of torch/csrc/autograd/python_variable.h, which would take as long as the kernels:
 struct THPVariable { PyObject_HEAD at::Tensor cdata; };
 extern PyObject *THPVariableClass, *ParameterClass;
@@ -980,12 +936,12 @@ struct DepthwiseKx1Backward : Node {
   variable_list apply(variable_list&& grads) override {
     if (!grads[0].defined()) return variable_list(3);
     std::unique_lock<std::mutex> lock(mutex_);
-    const at::Tensor g = grads[0], x = this->x.unpack(), w = weight.unpack();
+    const Tensor g = grads[0], x = this->x.unpack(), w = weight.unpack();
     lock.unlock();
     const std::array<bool, 3> mask = {task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2)};
     if (!at::GradMode::is_enabled() && dense(g, x, w)) {
-      auto grads = eager_backward(g, x, w, stride, padding, dilation, mask);
-      return {at::Tensor(grads[0]), at::Tensor(grads[1]), at::Tensor(grads[2])};
+      auto [grad_x, grad_weight, grad_bias] = (x.is_cuda() ? backward<OnCUDA> : backward<OnCPU>)(g, x, w, stride, padding, dilation, mask);
+      return {std::move(grad_x), std::move(grad_weight), std::move(grad_bias)};
     }
     torch::jit::Stack stack{g, x, w, at::IntArrayRef(stride), at::IntArrayRef(padding), dilation, c10::List<bool>({mask[0], mask[1], mask[2]})};
     c10::Dispatcher::singleton().findSchemaOrThrow(C10_STRINGIZE(DEPTHWISE_KX1_NAMESPACE) "::backward", "").callBoxed(stack);
@@ -1024,7 +980,7 @@ bool is_tensor(PyObject* object) {
   const auto type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   return type == THPVariableClass || type == ParameterClass;
 }
-const at::Tensor& tensor(PyObject* object) { return reinterpret_cast<THPVariable*>(object)->cdata; }
+const Tensor& tensor(PyObject* object) { return reinterpret_cast<THPVariable*>(object)->cdata; }
 
 struct WithoutGIL {
   PyThreadState* state = PyEval_SaveThread();
@@ -1036,17 +992,17 @@ PyObject* eager(PyObject*, PyObject* const* arguments, Py_ssize_t) try {
   static PyObject *const weight_name = PyUnicode_InternFromString("weight"), *const bias_name = PyUnicode_InternFromString("bias");
   PyObject *const x_ = arguments[0], *const weight_ = PyDict_GetItem(arguments[1], weight_name), *const bias_ = PyDict_GetItem(arguments[1], bias_name);
   if (!weight_ || !bias_ || !is_tensor(x_) || !is_tensor(weight_) || !(bias_ == Py_None || is_tensor(bias_))) Py_RETURN_NONE;
-  const at::Tensor x = tensor(x_), weight = tensor(weight_), bias = bias_ == Py_None ? at::Tensor() : tensor(bias_);
+  const Tensor x = tensor(x_), weight = tensor(weight_), bias = bias_ == Py_None ? Tensor() : tensor(bias_);
   if (x.dim() != 4 || !plain(x, weight, bias)) Py_RETURN_NONE;
   std::array<int64_t, 2> stride;
   std::array<int64_t, 4> padding;
   read(arguments[2], stride), read(arguments[3], padding);
   const int64_t dilation = PyLong_AsLongLong(arguments[4]);
-  at::Tensor y;
+  Tensor y;
   {
     WithoutGIL without;
     at::AutoDispatchBelowADInplaceOrView below;
-    y = at::Tensor(eager_forward(x, weight, bias, stride, padding, dilation));
+    y = (x.is_cuda() ? forward<OnCUDA> : forward<OnCPU>)(x, weight, bias_ == Py_None ? std::nullopt : std::optional(bias), stride, padding, dilation);
   }
   if (torch::autograd::compute_requires_grad(x, weight, bias)) {
     auto pointer = make_node<DepthwiseKx1Backward>();
@@ -1065,8 +1021,8 @@ PyObject* eager(PyObject*, PyObject* const* arguments, Py_ssize_t) try {
 
 // The function, or None where THPVariable is not what is declared above.
 extern "C" __attribute__((visibility("default"))) PyObject* depthwise_kx1_eager() {
-  const at::Tensor probe(at::detail::empty_cpu({0}, at::kFloat));
-  PyObject* const wrapped = THPVariable_Wrap(at::Tensor(probe));
+  const Tensor probe(at::detail::empty_cpu({0}, at::kFloat));
+  PyObject* const wrapped = THPVariable_Wrap(Tensor(probe));
   const bool known = !std::memcmp(&reinterpret_cast<THPVariable*>(wrapped)->cdata, &probe, sizeof probe);
   Py_DECREF(wrapped);
   if (!known) Py_RETURN_NONE;

@@ -7,7 +7,6 @@
 #include <optional>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 namespace {
 
@@ -503,6 +502,7 @@ constexpr int resident_blocks(bool gradient, bool aligned, int size) { return gr
 
 struct Toeplitz : Pass {
   int tiles;
+  const void *in_end, *x_end;            // of the tensors
   bool in_even, x_even, out_even;        // strips' rows begin at multiples of 4 bytes
   int64_t in_row, out_row;               // numbers from a row to the next of its residue class, in channels_last
   int column_begin, advance, last_column;  // of the strips, in out: where the first and the last begin, and from one to the next
@@ -604,9 +604,10 @@ __device__ void store_16(void* to, uint4 v) {
 }
 
 // Starts to copy 32 rows of a strip, `row_bytes` apart, to rows `pitch` apart that are congruent to them modulo 16 bytes; zeros for
-// rows outside [lo, hi) and to the right of byte `end` of a row; bytes before `begin` are not used.
+// rows outside [lo, hi) and to the right of byte `end` of a row; bytes before `begin` are not used. What surrounds a row in its first and
+// last 16 bytes is copied, too, but nothing past the end of the tensor, at `limit`.
 // Aligned: the warps of a block share the rows of all. (Unrolled loops behind `if constexpr` are in braces: without, nvcc 13.0 drops the loop and says nothing.)
-template <bool Aligned> __device__ void copy_pair(unsigned char* to, int pitch, const char* from, int64_t row_bytes, int lo, int hi, int begin, int end) {
+template <bool Aligned> __device__ void copy_pair(unsigned char* to, int pitch, const char* from, int64_t row_bytes, int lo, int hi, int begin, int end, const char* limit) {
   const int lane = threadIdx.x % 32;
   if constexpr (Aligned) {
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, rows = 4 / warps, offset = lane % 8 * 16;
@@ -627,14 +628,17 @@ template <bool Aligned> __device__ void copy_pair(unsigned char* to, int pitch, 
 #pragma unroll
       for (int i = 0; i <= 8; ++i) {
         const int row = i < 8 ? i * 4 + lane / 8 : lane, granule = i < 8 ? lane % 8 : 8;
-        const char* const p = from + row * row_bytes + granule * 16;
+        const char* p = from + row * row_bytes + granule * 16;
         const int skipped = reinterpret_cast<uintptr_t>(p) & 15, offset = granule * 16 - skipped;
         unsigned char* const q = to + row * pitch + offset;
-        if (!inner) copy_async(q, p - skipped, row >= lo && row < hi && offset + 16 > begin ? min(max(end - offset, 0), 16) : 0);
-        else if (i < 8 || skipped) copy_async(q, p - skipped, i < 8 ? 16 : skipped);
+        p -= skipped;
+        const int count = inner ? 16 : row >= lo && row < hi && offset + 16 > begin ? min(max(end - offset, 0), 16) : 0;
+        if (!inner && count % 16 && p + 16 > limit) {
+          for (int b = 0; b < 16; b += 2) *reinterpret_cast<uint16_t*>(q + b) = b < count ? *reinterpret_cast<const uint16_t*>(p + b) : 0;
+        } else if (!inner || i < 8 || skipped) copy_async(q, p, count);
       }
     };
-    if (lo <= 0 && hi >= step && begin <= 0 && end >= strip_bytes) copy.template operator()<true>();
+    if (lo <= 0 && hi >= step && begin <= 0 && end >= strip_bytes + 16) copy.template operator()<true>();
     else copy.template operator()<false>();
   }
 }
@@ -766,9 +770,9 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
         const int row = of_x ? of.row : of.row + a.row_shift, column = of_x ? of.column : of.column + a.column_shift;
         rows.at = reinterpret_cast<const char*>(at) + first * step * row_bytes, rows.to = (copied - warp) * a.warp_bytes + skipped(at);
         rows.lo = a.dilation.steps(-row) - first * step, rows.hi = of.busy ? a.dilation.steps((of_x ? a.out_rows : a.in_rows) - row) - first * step : 0;
-        rows.begin = -int(sizeof(T)) * column, rows.end = min(strip<T>, width - column) * int(sizeof(T));
+        rows.begin = -int(sizeof(T)) * column, rows.end = (width - column) * int(sizeof(T));
       }
-      copy_pair<Aligned>(mine + rows.to + (of_x ? a.x_offset : slot * step * in_pitch), of_x ? x_pitch : in_pitch, rows.at, row_bytes, rows.lo, rows.hi, rows.begin, rows.end);
+      copy_pair<Aligned>(mine + rows.to + (of_x ? a.x_offset : slot * step * in_pitch), of_x ? x_pitch : in_pitch, rows.at, row_bytes, rows.lo, rows.hi, rows.begin, rows.end, static_cast<const char*>(of_x ? a.x_end : a.in_end));
       rows.at += step * row_bytes, rows.lo -= step, rows.hi -= step;
     }
     if (!of_x) slot = slot + 1 == a.ring_pairs ? 0 : slot + 1;
@@ -1682,10 +1686,10 @@ __global__ void __launch_bounds__(256, 4) reduce(const __grid_constant__ Problem
 // ---- Host ----
 struct Device { int multiprocessors, shared_bytes, shared_per_multiprocessor, capability; };
 const Device& current_device() {  // asked of the driver once: it takes microseconds to answer
-  static const std::vector<Device> devices = [] {
+  static const Device* const devices = [] {
     int count = 0;
     cudaGetDeviceCount(&count);
-    std::vector<Device> all(count);
+    auto* const all = new Device[count];
     for (int i = 0; i < count; ++i) {
       cudaDeviceGetAttribute(&all[i].multiprocessors, cudaDevAttrMultiProcessorCount, i);
       cudaDeviceGetAttribute(&all[i].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, i);
@@ -1917,6 +1921,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   if (!plan.applies) return plan;
   a.tiles = (p.K + 14) / 16 + 1, a.dilation = p.dilation;
   a.in_row = a.in_columns * p.dilation, a.out_row = a.out_columns * p.dilation;
+  a.in_end = static_cast<const char*>(c.in) + p.N * p.C * a.in_plane * size, a.x_end = static_cast<const char*>(c.x) + p.N * p.C * a.out_plane * size;
 
   a.column_begin = a.has_bias_sum ? -p.padding_w : 0;
   const int64_t columns = a.has_bias_sum ? p.W_out : a.out_width;  // all columns of grad_output
