@@ -1900,7 +1900,7 @@ template <class T> Outcome launch_march(const Call& c) {
   if constexpr (sizeof(T) == 4) {
     if (c.p.K > 21) return by.template operator()<31>();
     if (c.p.K > 11) return by.template operator()<21>();
-  }
+  } else if (c.p.K > 11) return march_by<T, 21, false>(c);
   return by.template operator()<11>();
 }
 
@@ -2076,9 +2076,11 @@ const char* launch(const Call& c) {
   const struct { bool holds; Attempt* attempt; } table[] = {
       {f64, walk_f64},
       {capability >= 8 && dense && last && p.K <= (f32 ? 31 : 11) && (back ? H >= 24 : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
+      {capability >= 8 && dense && last && two_bytes && p.K <= 21 && !back && H >= 6 * p.K, by_type(nullptr, march_f16, march_bf16)},
       {stretches && two_bytes && !aligned && p.K <= 16, bulk},
       {stretches && two_bytes && back && p.K <= 3, bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
+      {stretches && f32 && !back && aligned && dense && p.K > 8 && p.H * p.W >= 1024 && p.H * p.W < 3584, bulk},
       {stretches && f32 && !back && dense && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
       {tiles && two_bytes && last && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
       {tiles && two_bytes && !last && p.K > (aligned_tiles(c) && !back ? 3 : 2), by_type(nullptr, toeplitz_f16, toeplitz_bf16)},
