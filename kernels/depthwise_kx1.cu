@@ -345,8 +345,8 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
 #endif
 
-  const bool reversed = Gradient != up;  // Row m of the latest M meets tap m - (M - K), in reversed order if the march is transposed or upwards, but not if both.
-  float taps[M][V], dots[M][V], met[M][V], initial[V], bias_sum[V];
+  const bool reversed = Gradient != up;  // Row m of the window, the latest M, meets tap m - (M - K), in reversed order if the march is transposed or upwards, but not if both.
+  float taps[M][V], dots[M][V], window[M][V], initial[V], bias_sum[V];
   bool finite = true;
   unsigned char* const mine = shared + threadIdx.x * bytes;
   for (int plane = split; plane < a.planes; plane += a.splits) {
@@ -357,12 +357,12 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
     const int rows = max(min(a.band_rows, a.dilation.steps(a.out_rows - out_row)), 0), steps = rows ? rows + K - 1 : 0;
     if (up) out_row += (rows - 1) * d;
     const int in_row = out_row + a.row_shift + (up ? (K - 1) * d : 0);
-    const int valid = a.dilation.steps(up ? in_row - a.in_rows + 1 : -in_row), valid_end = a.dilation.steps(up ? in_row + 1 : a.in_rows - in_row);
+    const int inside = a.dilation.steps(up ? in_row - a.in_rows + 1 : -in_row), inside_end = a.dilation.steps(up ? in_row + 1 : a.in_rows - in_row);
     const int64_t out_at = n * a.out_plane + int64_t(out_row) * a.out_columns + column;
     const T* next_in = in + (n * a.in_plane + int64_t(in_row) * a.in_columns + in_column);
     const T* next_x = Gradient ? x + (out_at - (K - 1) * out_step) : x;
     const auto fetch = [&](int i, int slot) {
-      copy_async<bytes>(mine + slot * slot_bytes, next_in, reached && uint32_t(i - valid) < uint32_t(valid_end - valid) ? bytes : 0), next_in += in_step;
+      copy_async<bytes>(mine + slot * slot_bytes, next_in, reached && uint32_t(i - inside) < uint32_t(inside_end - inside) ? bytes : 0), next_in += in_step;
       if (Gradient)
         copy_async<bytes>(mine + slot * slot_bytes + march_threads * bytes, next_x, owned && a.has_dots && i >= K - 1 && i < steps ? bytes : 0), next_x += out_step;
       end_group_of_copies();
@@ -400,21 +400,21 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
       }
     }
     // Rows of grad_output that count here: all of the first band, later the K - 1 rows above are another's.
-    const int counted = band == 0 || up ? 0 : K - 1, counted_end = band == 0 || !up ? steps : rows;
+    const int bias_begin = band == 0 || up ? 0 : K - 1, bias_end = band == 0 || !up ? steps : rows;
     T* to = out + out_at;
-    int group = 0;  // of slots
+    int half = 0;  // of slots
     for (int i = 0; i < steps;) {
 #pragma unroll
       for (int u = 0; u < M; ++u) {
         await_copies<slots - 2>();
-        const unsigned char* const slot = mine + (group + u) * slot_bytes;
+        const unsigned char* const slot = mine + (half + u) * slot_bytes;
         float own[V];
-        unpack(met[u], at<Packed<T, V>>(slot));
+        unpack(window[u], at<Packed<T, V>>(slot));
         if (Gradient) unpack(own, at<Packed<T, V>>(slot + march_threads * bytes));
-        fetch(i + slots - 1, u ? group + u - 1 : (group ? group : slots) - 1);
-        if (Gradient && i >= counted && i < counted_end) {
+        fetch(i + slots - 1, u ? half + u - 1 : (half ? half : slots) - 1);
+        if (Gradient && i >= bias_begin && i < bias_end) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) bias_sum[v] += met[u][v];
+          for (int v = 0; v < V; ++v) bias_sum[v] += window[u][v];
         }
         if (i >= K - 1) {
           float acc[V];
@@ -425,8 +425,8 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
             if (m < optional && m < M - K) continue;
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              acc[v] += taps[m][v] * met[(u + 1 + m) % M][v];
-              if (Gradient) dots[m][v] += own[v] * met[(u + 1 + m) % M][v];
+              acc[v] += taps[m][v] * window[(u + 1 + m) % M][v];
+              if (Gradient) dots[m][v] += own[v] * window[(u + 1 + m) % M][v];
             }
           }
           if (owned && out) store<V>(to, pack<T, V>(acc));
@@ -434,7 +434,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
         }
         if (++i == steps) break;
       }
-      if (slots > M) group = M - group;
+      if (slots > M) half = M - half;
     }
     await_copies<0>();  // before others to the same place
 
@@ -1740,7 +1740,10 @@ Pass make_pass(const Call& c) {
   return a;
 }
 
-// A launch of one of the kernels: A is Walk, Toeplitz or Bulk.
+// Whether at stride 1 all rows of grad_output are met by some row of x: then its sum can be taken on the way.
+bool sees_grad_output(const Pass& a) { return !a.has_bias_sum || (a.p.padding_h <= (a.p.K - 1) * a.p.dilation && a.p.H >= a.p.dilation); }
+
+// A launch of one of the kernels: A is Walk, March, Toeplitz or Bulk.
 template <class A> struct Plan {
   A a;
   bool applies;  // else the kernel cannot do it
@@ -1857,9 +1860,9 @@ template <class T, int V, int M, bool Gradient> Plan<March> march_plan(const Cal
   March& a = plan.a;
   const int64_t walked = a.has_bias_sum ? p.W_out : a.out_width, tiles = ceil_div(walked * p.C, march_threads * V);
   const int64_t longest = ceil_div(a.out_rows, p.dilation), residues = std::min<int64_t>(p.dilation, a.out_rows), planes = p.N * residues;
-  // 32-bit indices; all of grad_output is met by some row of x.
+  // 32-bit indices
   plan.applies = alignment(c) >= V * sizeof(T) && std::max({p.N * a.out_rows * tiles, (tiles + 1) * march_threads * V, p.C * p.K, p.H + 2 * p.padding_h + (p.K + 32) * p.dilation}) < 1 << 30 &&
-                 (!a.has_bias_sum || (p.padding_h <= (p.K - 1) * p.dilation && p.H >= p.dilation)) && 2 * walked * p.C >= tiles * march_threads * V;
+                 sees_grad_output(a) && 2 * walked * p.C >= tiles * march_threads * V;
   if (!plan.applies) return plan;
   a.column_begin = a.has_bias_sum ? -p.padding_w * p.C : 0, a.columns = walked * p.C, a.in_shift = a.column_shift * p.C;
   a.channels = p.C, a.tiles = tiles, a.dilation = p.dilation, a.residues = residues, a.planes = planes;
@@ -1869,7 +1872,7 @@ template <class T, int V, int M, bool Gradient> Plan<March> march_plan(const Cal
   // As few bands as keep 8 warps of a multiprocessor busy: rows where they meet are read twice. Costs are in rows.
   const Device& device = current_device();
   const int64_t resident = std::min<int64_t>(march_blocks(M, V, Gradient), device.shared_per_multiprocessor / (plan.shared + 1024)), least = std::min<int64_t>(resident, M > 11 ? resident : 2);
-  const double last = Gradient ? 4 + 5. * (p.K + 1) / sizeof(T) * std::min(1., double(p.C) / (march_threads * V)) : 0;  // to write sums
+  const double ending = Gradient ? 4 + 5. * (p.K + 1) / sizeof(T) * std::min(1., double(p.C) / (march_threads * V)) : 0;  // writes the sums
   double best = 1e30;
   for (int64_t bands = 1; bands <= std::min<int64_t>(longest, 64); ++bands) {
     const int64_t band_rows = ceil_div(longest, bands);
@@ -1877,7 +1880,7 @@ template <class T, int V, int M, bool Gradient> Plan<March> march_plan(const Cal
     for (int64_t waves = 1; waves <= 8; ++waves) {
       const int64_t repeats = !Gradient ? 1 : ceil_div(planes, std::clamp<int64_t>(resident * device.multiprocessors * waves / (tiles * bands), 1, planes)), splits = ceil_div(planes, repeats);
       const int64_t each = ceil_div(tiles * bands * splits, device.multiprocessors), rest = each % resident;
-      const double cost = (each - rest + (rest ? std::max(rest, least) : 0)) * (repeats * (band_rows + .3 * (p.K - 1) + 3) + last);
+      const double cost = (each - rest + (rest ? std::max(rest, least) : 0)) * (repeats * (band_rows + .3 * (p.K - 1) + 3) + ending);
       if (cost < best) best = cost, a.bands = bands, a.band_rows = band_rows, a.splits = splits, plan.blocks = tiles * bands * splits, a.blocks = bands * splits;
     }
   }
@@ -1914,10 +1917,9 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   const Device& device = current_device();
   const bool last = p.channels_last, gradient = a.has_dots || a.has_bias_sum, aligned = aligned_tiles(c);
   const int size = size_of(p.type), strip = last ? pixels : strip_bytes / size, overlap = last ? 0 : ::overlap;
-  // 32-bit indices of strips, columns and rows; all of grad_output is met by some row of x.
+  // 32-bit indices of strips, columns and rows
   plan.applies = (aligned || (!last && size == 2)) &&
-                 std::max({p.C * p.N * ceil_div(p.W_out, strip - overlap), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation}) < 1 << 28 &&
-                 (!a.has_bias_sum || (p.padding_h <= (p.K - 1) * p.dilation && p.H >= p.dilation));
+                 std::max({p.C * p.N * ceil_div(p.W_out, strip - overlap), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation}) < 1 << 28 && sees_grad_output(a);
   if (!plan.applies) return plan;
   a.tiles = (p.K + 14) / 16 + 1, a.dilation = p.dilation;
   a.in_row = a.in_columns * p.dilation, a.out_row = a.out_columns * p.dilation;
@@ -2075,8 +2077,7 @@ const char* launch(const Call& c) {
   Attempt* const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
       {f64, walk_f64},
-      {capability >= 8 && dense && last && p.K <= (f32 ? 31 : 11) && (back ? H >= 24 : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
-      {capability >= 8 && dense && last && two_bytes && p.K <= 21 && !back && H >= 6 * p.K, by_type(nullptr, march_f16, march_bf16)},
+      {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H >= 24 : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
       {stretches && two_bytes && !aligned && p.K <= 16, bulk},
       {stretches && two_bytes && back && p.K <= 3, bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
