@@ -549,7 +549,8 @@ __device__ int next_steps(const Toeplitz& a, int& unit) {  // of the next unit t
 // there strips overlap by `overlap` columns, so that, in each row, they can part at a multiple of 16 bytes and are stored 16 bytes at once.
 //
 // Barriers: before a copy, all have read what it replaces; after the wait, all copies have landed, as each warp copies rows for all.
-// They also keep warps in step, so that these read longer stretches of memory.
+// They also keep warps in step, so that these read longer stretches of memory. Unaligned gradients are better off without: each
+// warp copies its own rows there.
 //
 // Zeros of A_t beyond the band times an infinity are NaN: where a result is NaN, it is computed again from the definition.
 //
@@ -634,6 +635,7 @@ template <bool Aligned> __device__ void copy_pair(unsigned char* to, int pitch, 
         p -= skipped;
         const int count = inner ? 16 : row >= lo && row < hi && offset + 16 > begin ? min(max(end - offset, 0), 16) : 0;
         if (!inner && count % 16 && p + 16 > limit) {
+#pragma unroll 1
           for (int b = 0; b < 16; b += 2) *reinterpret_cast<uint16_t*>(q + b) = b < count ? *reinterpret_cast<const uint16_t*>(p + b) : 0;
         } else if (!inner || i < 8 || skipped) copy_async(q, p, count);
       }
@@ -692,10 +694,10 @@ __device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const u
   }
 }
 
-// Columns [lo, hi) of a strip that are its to store in the row at `row`, and its first that is at a multiple of 16 bytes. Padded columns
-// of grad_output may take any strips beyond the ends of a row of out, wholly or in part.
-template <class T> __device__ int owned(const Toeplitz& a, const T* row, int column, int& lo, int& hi) {
-  const int head = (-int(reinterpret_cast<uintptr_t>(row)) & 15) / int(sizeof(T));
+// Columns [lo, hi) of a strip that are its to store in a row whose first multiple of 16 bytes is at column `head`, and of these the first
+// such multiple. Padded columns of grad_output may take any strips beyond the ends of a row of out, wholly or in part.
+template <class T> __device__ int to_head(const T* row) { return (-int(reinterpret_cast<uintptr_t>(row)) & 15) / int(sizeof(T)); }
+template <class T> __device__ int owned(const Toeplitz& a, int head, int column, int& lo, int& hi) {
   lo = max(column == a.column_begin ? 0 : head, -column);
   hi = min(a.out_width - column, column == a.last_column ? strip<T> : head + a.advance);
   return lo + (head - lo & 7);
@@ -712,7 +714,7 @@ __device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weigh
     if (row >= a.out_rows) continue;
     T* const to = out + (int64_t(row) * a.out_width + first_column);
     int lo, hi;
-    owned(a, to, first_column, lo, hi);
+    owned<T>(a, to_head(to), first_column, lo, hi);
     if (i % strip<T> < lo || i % strip<T> >= hi) continue;
     float sum = bias;
     if (in_column >= 0 && in_column < a.in_width)
@@ -745,6 +747,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   const auto place_in = [&](const Band& of) { return in + place(of.n, a.in_plane, a.in_width, of.row + a.row_shift, of.column + a.column_shift); };
   const auto place_x = [&](const Band& of) { return x + place(of.n, a.out_plane, a.out_width, of.row, of.column); };
   const auto skipped = [](const T* at) { return Aligned ? 0 : int(reinterpret_cast<uintptr_t>(at) & 15); };
+  const auto meet_warps = [] { if constexpr (Aligned || !Gradient) __syncthreads(); else __syncwarp(); };
   const int lead = tiles / 2;  // pairs before the one that completes a step's
 
   // Copies the next pair of `in`, the `pair`-th of steps + lead of its unit, or the rows of x of the step that it completes. Where
@@ -802,10 +805,10 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
     const int in_skipped = skipped(place_in(of)), x_skipped = Gradient ? skipped(place_x(of)) : 0;
     const bool overlapped = !Aligned && of.column != a.last_column && a.advance < strip<T>;  // by the next strip
     for (int s = -lead; s < of.steps; ++s) {
-      __syncthreads();
+      meet_warps();
       fetch_in();  // to the slot before that of the step's first pair, which the step before read first
       await_copies<1>();
-      __syncthreads();
+      meet_warps();
       const unsigned char* block = mine + slot * step * in_pitch + in_skipped;
       uint32_t own[2][strip<T> / 16][P][2][2];
       if (Gradient && a.has_dots) {
@@ -814,7 +817,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
           load_rows<T, Aligned>(own[i], mine + a.x_offset + x_skipped + i * 16 * x_pitch, x_pitch, a.x_even, -of.column);
           if (overlapped) own[i][strip<T> / 16 - 1][0][0][1] = own[i][strip<T> / 16 - 1][0][1][1] = 0;
         }
-        __syncthreads();
+        meet_warps();
       }
       fetch_x();
       if (s < 0 || !of.busy) continue;
@@ -966,23 +969,20 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
           __syncwarp();
           const int64_t row_numbers = int64_t(d) * a.out_width;
           T* const own_row = to + lane / 8 * row_numbers;
+          const int own_head = to_head(own_row), head_step = 4 * int(row_numbers);
+          int lo, hi;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int r = i * 4 + lane / 8;
-            T* const row = own_row + i * 4 * row_numbers;
-            int lo, hi;
-            const int column = owned(a, row, of.column, lo, hi) + lane % 8 * 8;
-            if (r < rows && column + 8 <= hi) store_16(row + column, at<uint4>(staged + r * a.out_pitch + column * 2));
+            const int r = i * 4 + lane / 8, column = owned<T>(a, own_head - i * head_step & 7, of.column, lo, hi) + lane % 8 * 8;
+            if (r < rows && column + 8 <= hi) store_16(own_row + i * 4 * row_numbers + column, at<uint4>(staged + r * a.out_pitch + column * 2));
           }
           // What is left at the ends of a row of out.
           for (int right = of.column > 0; right <= (of.column + strip<T> >= a.out_width); ++right)
 #pragma unroll 1
             for (int r = lane / 8; r < min(rows, 16); r += 4) {
-              T* const row = to + r * row_numbers;
-              int lo, hi;
-              const int first = owned(a, row, of.column, lo, hi);
+              const int first = owned<T>(a, own_head - r / 4 * head_step & 7, of.column, lo, hi);
               const int column = lane % 8 + (right ? max(first, hi - (hi - first & 7)) : lo);
-              if (column < (right ? hi : min(first, hi))) row[column] = at<T>(staged + r * a.out_pitch + column * 2);
+              if (column < (right ? hi : min(first, hi))) to[r * row_numbers + column] = at<T>(staged + r * a.out_pitch + column * 2);
             }
         }
       }
@@ -2078,7 +2078,7 @@ const char* launch(const Call& c) {
   const struct { bool holds; Attempt* attempt; } table[] = {
       {f64, walk_f64},
       {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H >= 24 : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
-      {stretches && two_bytes && !aligned && p.K <= 16, bulk},
+      {stretches && two_bytes && !aligned && p.K <= (p.H * p.W < 1024 ? 32 : 16), bulk},
       {stretches && two_bytes && back && p.K <= 3, bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
       {stretches && f32 && !back && aligned && dense && p.K > 8 && p.H * p.W >= 1024 && p.H * p.W < 3584, bulk},
