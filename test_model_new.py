@@ -6,7 +6,7 @@ python test_model_new.py --fuzz SECONDS                random cases; a failure p
 python test_model_new.py --bench [forward|backward]    times against a plain copy, nn.Conv2d and torch.compile
 """
 import argparse, concurrent.futures, contextlib, copy, fnmatch, gc, inspect, io, itertools, json, math, os, random
-import re, runpy, shutil, signal, statistics, subprocess, sys, tempfile, time, traceback, unittest, warnings
+import re, runpy, shutil, signal, statistics, subprocess, sys, tempfile, time, timeit, traceback, unittest, warnings
 from collections import namedtuple
 from pathlib import Path
 from unittest.mock import patch
@@ -641,21 +641,17 @@ def test_bundle_command():
 
 # ---- a first-class operator -----------------------------------------------------------------------------------------
 
-def pure(module):
-    """The module as a function of input and parameters."""
-    names = [name for name, _ in module.named_parameters()]
-    return lambda x, *values: torch.func.functional_call(module, dict(zip(names, values)), (x,))
-
-
 @on("cpu", "cuda")
 def gradcheck(device):
     """First and second derivatives over the table's small cases, the smallest of them in every direction."""
     for case in CASES:
-        ours = modules(case, torch.float64, device)[0]
-        inputs = torch.randn(case.shape, dtype=torch.float64, device=device, requires_grad=True), *ours.parameters()
-        if 0 < inputs[0].numel() <= 2048 and case.K <= 20:
-            torch.autograd.gradcheck(pure(ours), inputs, fast_mode=inputs[0].numel() > 60)
-            torch.autograd.gradgradcheck(pure(ours), inputs, fast_mode=inputs[0].numel() > 20)
+        if 0 < math.prod(case.shape) <= 2048 and case.K <= 20:
+            ours = modules(case, torch.float64, device)[0]
+            names, parameters = zip(*ours.named_parameters())
+            inputs = torch.randn(case.shape, dtype=torch.float64, device=device, requires_grad=True), *parameters
+            call = lambda x, *values: torch.func.functional_call(ours, dict(zip(names, values)), (x,))
+            torch.autograd.gradcheck(call, inputs, fast_mode=inputs[0].numel() > 60)
+            torch.autograd.gradgradcheck(call, inputs, fast_mode=inputs[0].numel() > 20)
 
 
 @on("cpu", "cuda")
@@ -707,31 +703,32 @@ def test_export_and_reload():
 @on("cpu", "cuda")
 def func_transforms(device):
     """functional_call, grad, jvp, vmap over inputs and parameters, and gradients per sample, are those of nn.Conv2d."""
-    from torch.func import functional_call, jvp, vmap
+    from torch.func import functional_call, grad, hessian, jacfwd, jvp, vmap
     ours, theirs = (net(module).to(device, torch.float64) for module in (ModelNew, Model))
     x = torch.randn(3, 2, 4, 9, 6, dtype=torch.float64, device=device)
     many = {k: torch.randn(3, *v.shape, dtype=v.dtype, device=device) for k, v in ours.named_parameters()}
     one, tangent = ({k: v[i] for k, v in many.items()} for i in range(2))
-    for name, transform in {
-        "functional_call": lambda m: functional_call(m, one, (x[0],)),
-        "grad": lambda m: torch.func.grad(lambda p: functional_call(m, p, (x[0],)).square().sum())(one),
-        "jvp in x": lambda m: jvp(m, (x[0],), (x[1],)),
-        "jvp in all": lambda m: jvp(lambda p, x: functional_call(m, p, (x,)), (one, x[0]), (tangent, x[1])),
-        "vmap": lambda m: vmap(m)(x),
-        "vmap, other dimensions": lambda m: vmap(m, in_dims=1, out_dims=2)(x.transpose(0, 1)),
-        "vmap, unbatched": lambda m: vmap(m)(x[:, 0]),
-        "vmap of vmap": lambda m: vmap(vmap(m))(x),
-        "vmap over parameters": lambda m: vmap(lambda p, x: functional_call(m, p, (x,)), (0, None))(many, x[0]),
-        "vmap over both": lambda m: vmap(lambda p, x: functional_call(m, p, (x,)))(many, x),
-        "gradient a sample": lambda m: vmap(torch.func.grad(
-            lambda p, x: functional_call(m, p, (x,)).square().sum()), (None, 0))(one, x),
-        "gradient a model": lambda m: vmap(torch.func.grad(
-            lambda p, x: functional_call(m, p, (x,)).square().sum()))(many, x),
-        "hessian": lambda m: torch.func.hessian(lambda x: m(x).pow(3).sum())(x[0, :1]),
-        "jacfwd of grad": lambda m: torch.func.jacfwd(torch.func.grad(lambda x: m(x).pow(3).sum()))(x[0, :1]),
-    }.items():
-        print(name)
-        same(transform(ours), transform(theirs), tolerance=1e-10)
+
+    def results(module):
+        call = lambda parameters, x: functional_call(module, parameters, (x,))
+        squares, cubes = lambda parameters, x: call(parameters, x).square().sum(), lambda x: module(x).pow(3).sum()
+        return {
+            "functional_call": call(one, x[0]),
+            "grad": grad(squares)(one, x[0]),
+            "jvp in x": jvp(module, (x[0],), (x[1],)),
+            "jvp in all": jvp(call, (one, x[0]), (tangent, x[1])),
+            "vmap": vmap(module)(x),
+            "vmap, other dimensions": vmap(module, in_dims=1, out_dims=2)(x.transpose(0, 1)),
+            "vmap, unbatched": vmap(module)(x[:, 0]),
+            "vmap of vmap": vmap(vmap(module))(x),
+            "vmap over parameters": vmap(call, (0, None))(many, x[0]),
+            "vmap over both": vmap(call)(many, x),
+            "gradient a sample": vmap(grad(squares), (None, 0))(one, x),
+            "gradient a model": vmap(grad(squares))(many, x),
+            "hessian": hessian(cubes)(x[0, :1]),
+            "jacfwd of grad": jacfwd(grad(cubes))(x[0, :1]),
+        }
+    same(results(ours), results(theirs), tolerance=1e-10)
 
 
 @on("cpu", "cuda")
@@ -743,31 +740,20 @@ def autocast(device):
             with torch.autocast(device, dtype=to):
                 error = raised(lambda: results.append([y := module(x), *grad(y.sum(), [x, *module.parameters()])]))
             results += [type(error)] if error else []
-        ours, theirs = results
-        if isinstance(theirs, type) or isinstance(ours, type):
-            assert ours == theirs, (to, input, weight, ours, theirs)
+        if type in map(type, results):
+            assert results[0] == results[1], (to, input, weight, *results)
         else:
-            assert [t.dtype for t in ours] == [t.dtype for t in theirs], (to, input, weight)
-            same(ours, theirs, tolerance=5e-2)
+            same(*results, tolerance=5e-2)  # dtypes, too
 
 
 @on("cpu", "cuda")
 def grad_scaler(device):
-    ends = []
-    for module in Model, ModelNew:
-        model = net(module).to(device)
-        optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler(device, init_scale=256.0)
-        torch.manual_seed(SEED)
-        for _ in range(3):
-            with torch.autocast(device, dtype=torch.float16):
-                loss = model(torch.randn(2, 4, 9, 6, device=device)).float().square().mean()
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+    batches, models = torch.randn(3, 2, 4, 9, 6, device=device), [net(module).to(device) for module in (Model, ModelNew)]
+    for model in models:
+        scaler = torch.amp.GradScaler(device, init_scale=256.0)
+        three_steps(model, batches, scaler)
         assert scaler.get_scale() == 256.0
-        ends.append(list(model.parameters()))
-    same(*ends, tolerance=1e-2)
+    same(*(list(model.parameters()) for model in models), tolerance=1e-2)
 
 
 @on("cpu", "cuda")
@@ -815,12 +801,15 @@ def train(rank, world, folder, device):
     dist.destroy_process_group()
 
 
-def three_steps(model, batches):
+def three_steps(model, batches, scaler=torch.amp.GradScaler(enabled=False)):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for batch in batches:
+        with torch.autocast(batch.device.type, torch.float16, enabled=scaler.is_enabled()):
+            loss = model(batch).float().square().mean()
         optimizer.zero_grad()
-        model(batch).square().mean().backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
 
 @on("cpu", "cuda", gpus=2)
@@ -844,9 +833,7 @@ def ddp_and_fsdp(device):
 def cuda_graph(device):
     """A whole training step, captured once and replayed, equals the eager steps."""
     batches = torch.randn(4, 2, 4, 33, 20, device="cuda")
-    eager = net(ModelNew).cuda()
-    captured = copy.deepcopy(eager)
-    begin = copy.deepcopy(eager.state_dict())
+    eager, captured = net(ModelNew).cuda(), net(ModelNew).cuda()
     optimizer, x = torch.optim.SGD(captured.parameters(), 0.1), batches[0].clone()
 
     def step():
@@ -863,7 +850,7 @@ def cuda_graph(device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    captured.load_state_dict(begin)
+    captured.load_state_dict(eager.state_dict())
     for batch in batches:
         x.copy_(batch)
         graph.replay()
@@ -1031,7 +1018,7 @@ cpp_extension.FileBaton = cpp_extension.FileLock = Lock
 
 
 class Importer:
-    """A process that imports ./model_new.py when told to go; torch it has imported by then."""
+    """A process that imports ./model_new.py when told to go; torch it has imported by now."""
     def __init__(self, folder, extensions, package="", before="", after="", within=(), **variables):
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -1039,14 +1026,10 @@ class Importer:
             text=True, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
             env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_CUDA_ARCH_LIST": "",
                  "TORCH_EXTENSIONS_DIR": str(extensions), **variables})
-
-    def ready(self):
         assert self.process.stdout.readline() == "ready\n", self.said()
-        return self
 
     def go(self):
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        print(file=self.process.stdin, flush=True)
         return self
 
     def said(self):
@@ -1074,7 +1057,7 @@ def importable():
         def importer(extensions, **options):
             return Importer(root, root / extensions, CXX=str(root / "c++"), MAX_JOBS="99", **options)
 
-        importer("first").ready().go().seconds()
+        importer("first").go().seconds()
         yield root, importer
 
 
@@ -1091,11 +1074,11 @@ def working_in(folder):
 def fault_killed_while_building():
     """At 20 moments, the process alone or its compilers, too: the next import takes no longer than any; nothing is left, nor left running."""
     with importable() as (root, importer), concurrent.futures.ThreadPoolExecutor(4) as threads:
-        before = importer("before").ready().go().seconds()
+        before = importer("before").go().seconds()
 
         def kill(i):
             folder, lock = root / f"killed {i}", LOCK.format(system=i // 2 % 2)
-            victim, heir = (importer(folder, before=lock).ready() for _ in range(2))
+            victim, heir = (importer(folder, before=lock) for _ in range(2))
             victim.go()
             time.sleep(before * (i + 0.5) / 20)
             victim.process.kill()
@@ -1109,7 +1092,7 @@ def fault_killed_while_building():
             return heir.seconds(), running, sorted(path.suffix for path in folder.iterdir())
 
         imports = list(threads.map(kill, range(20)))
-        alone = max(before, importer("after").ready().go().seconds())
+        alone = max(before, importer("after").go().seconds())
         print(f"alone {alone:.1f} s, then", *(f"{seconds:.1f}" for seconds, *_ in imports))
         no_failures([f"moment {i}: {seconds:.1f} s, alone {alone:.1f}, running {running}, left {left}"
                      for i, (seconds, running, left) in enumerate(imports) if seconds > 1.5 * alone or running or left != [".lock", ".so"]])
@@ -1117,20 +1100,19 @@ def fault_killed_while_building():
 
 def fault_eight_at_once():
     """One builds, and one other if it is killed; all are right, and none takes longer than a build and a half."""
-    with importable() as (root, importer):
-        before = importer("before").ready().go().seconds()
+    with importable() as (root, importer), concurrent.futures.ThreadPoolExecutor(8) as threads:
+        before = importer("before").go().seconds()
         for kill in False, True:
-            eight = [importer(f"eight {kill}") for _ in range(8)]
-            for do in Importer.ready, Importer.go:
-                for process in eight:
-                    do(process)
+            eight = list(threads.map(importer, [f"eight {kill}"] * 8))
+            for process in eight:
+                process.go()
             if kill:
                 time.sleep(before / 6)
                 builder, = (process for process in eight if "building" in process.said())
                 builder.process.kill()
                 eight.remove(builder)
             seconds = [process.seconds() for process in eight]
-            alone = max(before, importer(f"after {kill}").ready().go().seconds())
+            alone = max(before, importer(f"after {kill}").go().seconds())
             print(f"alone {alone:.1f} s, eight", *(f"{s:.1f}" for s in seconds))
             assert max(seconds) <= 1.5 * alone, (kill, alone, seconds)
             assert sum("building" in process.said() for process in eight) == 1
@@ -1149,7 +1131,7 @@ def fault_disk_full_or_read_only():
         (root / "disk").mkdir()
         (root / "model_new.py").write_text(edited())
         for options, words in ("size=4k", "No space left"), ("size=1m", "No space left"), ("ro", "Read-only"):
-            importer = Importer(root, root / "disk", within=mounted(f"mount -t tmpfs -o {options} tmpfs '{root}/disk'")).ready().go()
+            importer = Importer(root, root / "disk", within=mounted(f"mount -t tmpfs -o {options} tmpfs '{root}/disk'")).go()
             start = time.perf_counter()
             assert importer.process.wait() and "TORCH_EXTENSIONS_DIR" in importer.said().splitlines()[-1], importer.said()
             assert words in importer.said() and time.perf_counter() - start < 2, importer.said()
@@ -1164,7 +1146,7 @@ def fault_no_nvcc_for_a_gpu():
             ("none", "os.path.isfile = lambda path: not path.endswith('bin/nvcc') and isfile(path)", "no CUDA toolkit.*install that of CUDA 13.0"),
             ("12.8", "", "is 12.8 but torch's CUDA is 13.0: install .* set CUDA_HOME"),
         ]:
-            process = importer(name, before=gpu + before, after=call, CUDA_HOME=str(toolkit(root / name, 12080))).ready().go()
+            process = importer(name, before=gpu + before, after=call, CUDA_HOME=str(toolkit(root / name, 12080))).go()
             process.seconds(returned=1)
             assert re.search("RuntimeError: model_new was imported without CUDA kernels, because .*" + words, process.said()), process.said()
 
@@ -1178,7 +1160,7 @@ def fault_unusual_places():
         (package / "__init__.py").touch()
         (package / "model_new.py").write_text((HERE / "model_new.py").read_text().replace('"-O3"', '"-O0"'))
         places = dict(within=mounted(f"mount -o bind,ro '{package}' '{package}'"), package="pkg.", LC_ALL="C")
-        Importer(package.parent, "les extensions été", **places).ready().go().seconds()
+        Importer(package.parent, "les extensions été", **places).go().seconds()
         assert [path.suffix for path in (package.parent / "les extensions été").glob("*.so")] == [".so"]
 
 
@@ -1231,9 +1213,10 @@ def fuzz(seconds, seed):
 
     for case in itertools.count():
         elapsed = time.perf_counter() - start
-        if early is None and elapsed >= min(60, seconds / 2):
+        done = case and (elapsed >= seconds or failed == 10)
+        if early is None and (done or elapsed >= min(60, seconds / 2)):
             early = memory()
-        if case and (elapsed >= seconds or failed == 10):
+        if done:
             break
         try:
             wrong = fuzz_once(seed + case, device)
@@ -1277,22 +1260,14 @@ def shift_and_add(x, weight, padding, dilation):
     return sum(weight[:, :, k] * x[:, :, k * dilation:k * dilation + height] for k in range(weight.shape[2]))
 
 
-def median_ms(call, device, seconds=0.2):
+def median_ms(call, device):
     """Median time of a call. On a GPU the L2 cache is flushed before each by writing several times its size, behind a pause
     in which the host runs ahead, so that launch costs are not timed."""
-    for _ in range(3):
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize() if device == "cuda" else None
-        once = time.perf_counter() - start
-    repeats = min(max(int(seconds / (once + 1e-3)), 5), 60)
+    synchronize = getattr(torch, device).synchronize
+    once = timeit.repeat(lambda: (call(), synchronize()), number=1, repeat=3)[-1]
+    repeats = min(max(int(0.2 / (once + 1e-3)), 5), 60)
     if device == "cpu":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times)
+        return 1e3 * statistics.median(timeit.repeat(call, number=1, repeat=repeats))
     flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
@@ -1301,7 +1276,7 @@ def median_ms(call, device, seconds=0.2):
         start.record()
         call()
         end.record()
-    torch.cuda.synchronize()
+    synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
@@ -1330,10 +1305,10 @@ def bench_rows(case, dtype, half, device):
         copy_ms, compiled_ms = median_ms(lambda: target.copy_(source), device), None
         if half == "forward" and case.stride == 1:
             torch._dynamo.reset()
-            padding = case.padding if isinstance(case.padding, tuple) else (case.padding, case.padding)
-            compiled, weight = torch.compile(shift_and_add, dynamic=False), ours.conv2d.weight.detach()
-            same(compiled(x, weight, padding, case.dilation), call(), 2e-2 if dtype.itemsize == 2 else 1e-4)
-            compiled_ms = median_ms(lambda: compiled(x, weight, padding, case.dilation), device)
+            compiled, conv2d = torch.compile(shift_and_add, dynamic=False), ours.conv2d
+            arguments = x, conv2d.weight.detach(), conv2d.padding, conv2d.dilation[0]
+            same(compiled(*arguments), call(), 2e-2 if dtype.itemsize == 2 else 1e-4)
+            compiled_ms = median_ms(lambda: compiled(*arguments), device)
         yield {"half": half, "workload": case.name, "shape": case.shape, "K": case.K, "dtype": str(dtype)[6:], "layout": layout,
                "ms": ms, "GB/s": moved / ms / 1e6, "copy_ms": copy_ms, "conv2d_ms": conv2d_ms, "compiled_ms": compiled_ms}
 
@@ -1351,48 +1326,43 @@ def print_table(half, rows):
 def host_costs(device):
     """Microseconds of the host for a call on a tiny input: (what, ours, nn.Conv2d's)."""
     ours, theirs, _ = modules(Case("tiny", (1, 8, 8, 8), 3, 1, 0, 1, False), device=device)
-    x, rows = torch.randn(1, 8, 8, 8, device=device), []
+    x = torch.randn(1, 8, 8, 8, device=device)
     leaf, grad_output = x.clone().requires_grad_(), torch.randn(1, 8, 6, 8, device=device)
     for what, make in {
         "forward, no_grad": lambda m: torch.no_grad()(lambda: m(x)),
         "forward, with grad": lambda m: lambda: m(leaf),
         "forward + backward": lambda m: lambda: grad(m(leaf), [leaf, m.conv2d.weight], grad_output),
     }.items():
-        calls, times = [make(ours), make(theirs)], ([], [])
-        for _, (call, record) in itertools.product(range(31), list(zip(calls, times))):
-            torch.cuda.synchronize() if device == "cuda" else None
-            start = time.perf_counter()
-            for _ in range(100):
-                call()
-            record.append((time.perf_counter() - start) * 1e4)
-        rows.append({"what": what, "ours_us": statistics.median(times[0]), "conv2d_us": statistics.median(times[1])})
-    return rows
+        calls = make(ours), make(theirs)
+        times = [[timeit.timeit(call, getattr(torch, device).synchronize, number=100) for call in calls] for _ in range(31)]
+        ours_us, conv2d_us = (1e4 * statistics.median(seconds) for seconds in zip(*times))
+        yield {"what": what, "ours_us": ours_us, "conv2d_us": conv2d_us}
 
 
 def bench(halves, only, file):
-    device = "cuda" if torch.cuda.is_available() and model_new._has_cuda else "cpu"
+    device = DEVICES[-1]
     torch.backends.cudnn.benchmark = True
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads, an eighth of the batch"
     about = f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, seed {SEED}"
     print(about)
     torch.manual_seed(SEED)
     cases = [c for c in WORKLOADS + LARGE if any(fnmatch.fnmatch(c.name, o) for o in only)] if only else WORKLOADS
-    tables = {half: [] for half in halves}
+    rows = []
     for half, case in itertools.product(halves, cases):
         if device == "cpu":
             case = case._replace(shape=(max(1, case.shape[0] // 8), *case.shape[1:]))
         for dtype in DTYPES if case.name == "kernelbench" else (torch.float32, torch.bfloat16):
             for row in bench_rows(case, dtype, half, device):
-                tables[half].append(row)
+                rows.append(row)
                 print(half, *(row[key] for key in ("workload", "dtype", "layout")), f"{row['ms']:.3f} ms", file=sys.stderr)
-    for half, rows in tables.items():
-        print_table(half, rows)
+    for half in halves:
+        print_table(half, [row for row in rows if row["half"] == half])
     print(f"\n{'host, us a call on (1,8,8,8)':30} ours  nn.Conv2d  ratio")
-    hosts = host_costs(device)
+    hosts = list(host_costs(device))
     for r in hosts:
         print(f"{r['what']:28} {r['ours_us']:6.1f}  {r['conv2d_us']:9.1f}  {r['ours_us'] / r['conv2d_us']:5.2f}")
     if file:
-        Path(file).write_text(json.dumps({"about": about, "rows": sum(tables.values(), []), "host": hosts}, indent=1))
+        Path(file).write_text(json.dumps({"about": about, "rows": rows, "host": hosts}, indent=1))
 
 
 def main():
