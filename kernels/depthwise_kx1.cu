@@ -605,8 +605,8 @@ __device__ void store_16(void* to, uint4 v) {
 }
 
 // Starts to copy 32 rows of a strip, `row_bytes` apart, to rows `pitch` apart that are congruent to them modulo 16 bytes; zeros for
-// rows outside [lo, hi) and to the right of byte `end` of a row; bytes before `begin` are not used. What surrounds a row in its first and
-// last 16 bytes is copied, too, but nothing past the end of the tensor, at `limit`.
+// rows outside [lo, hi) and to the right of byte `end` of a row; bytes before `begin` are not used. The tensor ends at `limit`:
+// numbers there are copied one by one, since compute-sanitizer takes an asynchronous copy of fewer than 16 bytes for one of 16.
 // Aligned: the warps of a block share the rows of all. (Unrolled loops behind `if constexpr` are in braces: without, nvcc 13.0 drops the loop and says nothing.)
 template <bool Aligned> __device__ void copy_pair(unsigned char* to, int pitch, const char* from, int64_t row_bytes, int lo, int hi, int begin, int end, const char* limit) {
   const int lane = threadIdx.x % 32;
@@ -625,23 +625,24 @@ template <bool Aligned> __device__ void copy_pair(unsigned char* to, int pitch, 
       }
     }
   } else {
-    const auto copy = [&]<bool inner> {
-#pragma unroll
+    enum { inside, at_an_edge, at_the_end };
+    const auto copy = [&]<int where> {
+#pragma unroll(where == at_the_end ? 1 : 9)
       for (int i = 0; i <= 8; ++i) {
         const int row = i < 8 ? i * 4 + lane / 8 : lane, granule = i < 8 ? lane % 8 : 8;
         const char* p = from + row * row_bytes + granule * 16;
         const int skipped = reinterpret_cast<uintptr_t>(p) & 15, offset = granule * 16 - skipped;
         unsigned char* const q = to + row * pitch + offset;
         p -= skipped;
-        const int count = inner ? 16 : row >= lo && row < hi && offset + 16 > begin ? min(max(end - offset, 0), 16) : 0;
-        if (!inner && count % 16 && p + 16 > limit) {
-#pragma unroll 1
+        const int count = where == inside ? 16 : row >= lo && row < hi && offset + 16 > begin ? min(max(end - offset, 0), 16) : 0;
+        if (where == at_the_end && count % 16 && p + 16 > limit) {
           for (int b = 0; b < 16; b += 2) *reinterpret_cast<uint16_t*>(q + b) = b < count ? *reinterpret_cast<const uint16_t*>(p + b) : 0;
-        } else if (!inner || i < 8 || skipped) copy_async(q, p, count);
+        } else if (where != inside || i < 8 || skipped) copy_async(q, p, count);
       }
     };
-    if (lo <= 0 && hi >= step && begin <= 0 && end >= strip_bytes + 16) copy.template operator()<true>();
-    else copy.template operator()<false>();
+    if (lo <= 0 && hi >= step && begin <= 0 && end >= strip_bytes + 16) copy.template operator()<inside>();
+    else if (from + (min(hi, step) - 1) * row_bytes + end + 16 <= limit) copy.template operator()<at_an_edge>();
+    else copy.template operator()<at_the_end>();
   }
 }
 
