@@ -971,20 +971,19 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
           const int64_t row_numbers = int64_t(d) * a.out_width;
           T* const own_row = to + lane / 8 * row_numbers;
           const int own_head = to_head(own_row), head_step = 4 * int(row_numbers);
-          int lo, hi;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int r = i * 4 + lane / 8, column = owned<T>(a, own_head - i * head_step & 7, of.column, lo, hi) + lane % 8 * 8;
-            if (r < rows && column + 8 <= hi) store_16(own_row + i * 4 * row_numbers + column, at<uint4>(staged + r * a.out_pitch + column * 2));
+            const int r = i * 4 + lane / 8;
+            int lo, hi;
+            const int first = owned<T>(a, own_head - i * head_step & 7, of.column, lo, hi), column = first + lane % 8 * 8;
+            T* const row = own_row + i * 4 * row_numbers;
+            const unsigned char* const from = staged + r * a.out_pitch;
+            if (r < rows && column + 8 <= hi) store_16(row + column, at<uint4>(from + column * 2));
+            // What is left at the ends of a row of out.
+            const auto store_one = [&](int column, int end) { if (r < rows && column < end) row[column] = at<T>(from + column * 2); };
+            if (of.column <= 0) store_one(lo + lane % 8, min(first, hi));
+            if (of.column + strip<T> >= a.out_width) store_one(max(first, hi - (hi - first & 7)) + lane % 8, hi);
           }
-          // What is left at the ends of a row of out.
-          for (int right = of.column > 0; right <= (of.column + strip<T> >= a.out_width); ++right)
-#pragma unroll 1
-            for (int r = lane / 8; r < min(rows, 16); r += 4) {
-              const int first = owned<T>(a, own_head - r / 4 * head_step & 7, of.column, lo, hi);
-              const int column = lane % 8 + (right ? max(first, hi - (hi - first & 7)) : lo);
-              if (column < (right ? hi : min(first, hi))) to[r * row_numbers + column] = at<T>(staged + r * a.out_pitch + column * 2);
-            }
         }
       }
     }
