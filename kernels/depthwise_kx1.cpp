@@ -44,11 +44,10 @@ void cpu_backward(const Problem&, const void* grad_output, const void* x, const 
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
-#include <torch/csrc/stable/c/shim.h>
 #define INLINE __attribute__((always_inline)) inline
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only to what is inlined
 
-namespace {
+inline namespace cpu {
 struct Half { uint16_t bits; };
 struct BFloat16 { uint16_t bits; };
 template <class To, class From> INLINE To bit_cast(const From& from) { To to; static_assert(sizeof to == sizeof from); std::memcpy(&to, &from, sizeof to); return to; }
@@ -93,6 +92,21 @@ template <class R> struct Rows {
 };
 // Rows [row, row + rows), pixel columns [q, q + nq), and how many of the lanes exist
 struct Tile { int64_t row, rows, q, nq, lanes, present; };
+
+// Row m of out = init + the taps k whose row m * S + off + k * D of in exists. Weights, `w_tap` from tap to tap, and init repeat every `period` slots.
+template <class E> struct Conv {
+  Rows<E> out; int64_t out_rows;
+  Rows<const E> in; int64_t in_rows, S, off, D, K;
+  const E* w; int64_t w_tap; const E* init; int64_t period, slots;
+  const void** table;  // of 8 * (K + 1) pointers
+};
+// Sums of tap k, `tap` apart, += rows m of g times those rows m * S + off + k * D of x that exist. Slots share a sum every `period`; those of a last, overlapping vector have their own.
+template <class E> struct Correlation {
+  decltype(load(E()))* sums; int64_t tap;
+  Rows<const E> g; int64_t g_rows;
+  Rows<const E> x; int64_t x_rows, S, off, D, K, period, slots;
+  const void** table;
+};
 
 // The taps [0, n) in numbers that are compiled: f(first, number)
 template <int N> using Number = std::integral_constant<int, N>;
@@ -316,12 +330,12 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       }
   }
 
-  // Row m of out = init + the taps k whose row m * S + off + k * D of in exists. Output rows are taken 8 at a time and taps up to 7,
-  // both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all. Weights and init repeat every `period` slots.
+  // Output rows are taken 8 at a time and taps up to 7,
+  // both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all.
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
   // Where columns of in have gaps, the processor foresees few rows at a time: GAPS takes half as many, of A times as many slots, and prefetches.
-  template <bool GAPS, class E>
-  static INLINE void conv(const Rows<E> out, int64_t out_rows, const Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
+  template <bool GAPS, class E> static INLINE void conv(const Conv<E>& c) {
+    const auto [out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table] = c;
     constexpr int N = !GAPS && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !GAPS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
     constexpr int H = A * vectors<E>;
     constexpr int64_t step = A * at_once<E>;
@@ -396,9 +410,8 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     return {k0, taps / every, taps % every, classes};
   }
 
-  // Sums of tap k += rows m of g times those rows m * S + off + k * D of x that exist. Slots share a sum every `period`; those of a last, overlapping vector have their own.
-  template <int N, class E>
-  static INLINE void dots(R* sums, int64_t tap, const Rows<const E> g, int64_t m, const Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t L, int64_t period, int64_t slots, const void** table) {
+  template <int N, class E> static INLINE void dots(const Correlation<E>& c, int64_t m, int64_t L) {
+    const auto [sums, tap, g, g_rows, x, x_rows, S, off, D, K, period, slots, table] = c;
     constexpr int64_t width = at_once<E>;
     const int64_t every = L / D, step = every * tap, g_step = L / S * g.stride;
     const auto [k0, least, more, classes] = list<N>(table, x, x_rows, m * S + off, L, D, K, every, N);
@@ -441,15 +454,14 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       if ((s += width) == period) s = 0;
     }
   }
-  template <class E>
-  static INLINE void correlate(R* sums, int64_t tap, const Rows<const E> g, int64_t g_rows, const Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t period, int64_t slots, const void** table) {
-    const int64_t L = std::lcm(S, D), jump = L / S;
-    for (int64_t start = 0; start < std::min(jump, g_rows); start++) {
+  template <class E> static INLINE void correlate(const Correlation<E> c) {
+    const int64_t L = std::lcm(c.S, c.D), jump = L / c.S;
+    for (int64_t start = 0; start < std::min(jump, c.g_rows); start++) {
       int64_t m = start;
       if constexpr (most >= 7)
-        for (; m + 6 * jump < g_rows; m += 7 * jump) dots<7>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
-      for (; m + jump < g_rows; m += 2 * jump) dots<2>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
-      for (; m < g_rows; m += jump) dots<1>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
+        for (; m + 6 * jump < c.g_rows; m += 7 * jump) dots<7>(c, m, L);
+      for (; m + jump < c.g_rows; m += 2 * jump) dots<2>(c, m, L);
+      for (; m < c.g_rows; m += jump) dots<1>(c, m, L);
     }
   }
 
@@ -462,11 +474,11 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 #if defined(__x86_64__)
 template <class F> __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void avx512(const F& f) { f(Number<64>()); }
 template <class F> __attribute__((target("avx2,fma"))) void avx2(const F& f) { f(Number<32>()); }
-const int vector_bytes = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 64
+inline const int vector_bytes = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 64
                        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 32 : 16;
 template <class F> void simd(int bytes, const F& f) { bytes == 64 ? avx512(f) : bytes == 32 ? avx2(f) : f(Number<16>()); }
 #else
-const int vector_bytes = 16;
+inline const int vector_bytes = 16;
 template <class F> void simd(int, const F& f) { f(Number<16>()); }
 #endif
 #define SIMD(R, ...) simd(bytes, [&](auto number) __attribute__((always_inline)) { Vector<R, number.value>::__VA_ARGS__; })
@@ -474,14 +486,18 @@ template <class R, class T> void pack(int bytes, const View& v, const T* src, co
 template <class R, class T> void unpack(int bytes, const View& v, T* dst, const Tile& t, Rows<R> from, const R* values) { SIMD(R, unpack(v, dst, t, from, values)); }
 template <class R, class T> void fill(int bytes, const View& v, T* dst, const Tile& t, int64_t a, int64_t b, const R* values) { SIMD(R, fill(v, dst, t, a, b, values)); }
 template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
-template <class E> void conv(int bytes, Rows<E> out, int64_t out_rows, Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
+template <class E> void conv(int bytes, const Conv<E>& c) {
   using R = decltype(load(E()));
-  if (in.skip && slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true>(out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table));
-  else SIMD(R, template conv<false>(out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table));
+  if (c.in.skip && c.slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true>(c));
+  else SIMD(R, template conv<false>(c));
 }
-template <class R, class E> void correlate(int bytes, R* sums, int64_t tap, Rows<const E> g, int64_t g_rows, Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t period, int64_t slots, const void** table) {
-  SIMD(R, correlate(sums, tap, g, g_rows, x, x_rows, S, off, D, K, period, slots, table));
+template <class E> void correlate(int bytes, const Correlation<E>& c) {
+  using R = decltype(load(E()));
+  SIMD(R, correlate(c));
 }
+// Those of float serve the 16-bit types, too
+extern template void conv(int, const Conv<float>&);
+extern template void correlate(int, const Correlation<float>&);
 
 struct Job {
   Problem p;
@@ -559,8 +575,9 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       T* image_out = j.out ? (T*)j.out + image(vo) : nullptr;
       if (j.out) fill(j.bytes, vo, image_out, tout, ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
+        using E = std::remove_pointer_t<decltype(weights)>;
         const auto* init = weights + K * w_tap;
-        if (j.out && j.forward) conv(j.bytes, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, lanes, slots, table.data());
+        if (j.out && j.forward) conv(j.bytes, Conv<E>{out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, lanes, slots, table.data()});
         if (j.out && !j.forward) for (int64_t i = o0; i < std::min(o0 + S, o1); i++) {
           // Rows i, i + S, ... of grad_input meet only the taps k, k + every, ...; the last of them meets the first row of grad_output.
           int64_t k = 0, every = S / std::gcd(S, D);
@@ -568,8 +585,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           int64_t taps = k < every && k < K ? (K - 1 - k) / every + 1 : 0, d = every * D / S;
           auto rows = out;
           rows.data += (i - o0) * out.stride, rows.stride *= S;
-          conv(j.bytes, rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
-               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, lanes, slots, table.data());
+          conv(j.bytes, Conv<E>{rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
+               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, lanes, slots, table.data()});
         }
         if (j.want_weight) {
           if (last >= 0 && last != slots) reduce(last);
@@ -580,7 +597,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
             auto g = in;
             g.data += (h - i0) * in.stride;
             if (summed && (summed + rows) * adds > 128) flush_all();
-            correlate(j.bytes, sums, tap, g, rows, x, o1 - o0, S, h * S - pad - o0, D, K, period, slots, table.data());
+            correlate(j.bytes, Correlation<E>{sums, tap, g, rows, x, o1 - o0, S, h * S - pad - o0, D, K, period, slots, table.data()});
             summed += rows;
           }
         }
@@ -618,11 +635,15 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace
-
-void float16_tasks(const void* job, int64_t begin, int64_t end);
-void bfloat16_tasks(const void* job, int64_t begin, int64_t end);
+void float64_tasks(const Job&, int64_t begin, int64_t end);
+void float16_tasks(const Job&, int64_t begin, int64_t end);
+void bfloat16_tasks(const Job&, int64_t begin, int64_t end);
+}  // namespace cpu
 // ---- end of what is compiled with each of the next three parts ----
+
+#include <torch/csrc/stable/c/shim.h>
+template void conv(int, const Conv<float>&);
+template void correlate(int, const Correlation<float>&);
 
 namespace {
 template <class F> void parallel(int64_t n, int64_t grain, const F& f) {  // torch's own threads: an OpenMP of ours would not be governed by torch
@@ -672,7 +693,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   if (j.want_weight || j.want_bias) sums.resize(count * (p.K + 1) * j.lanes);
   j.sums = sums.data();
   parallel(count, std::max<int64_t>(1, budget / (total / count + 1)), [&](int64_t b, int64_t e) {
-    p.type == Type::f32 ? tasks<float>(j, b, e) : p.type == Type::f64 ? tasks<double>(j, b, e) : (p.type == Type::f16 ? float16_tasks : bfloat16_tasks)(&j, b, e);
+    (p.type == Type::f32 ? tasks<float> : p.type == Type::f64 ? float64_tasks : p.type == Type::f16 ? float16_tasks : bfloat16_tasks)(j, b, e);
   });
   if (sums.empty()) return;
   parallel(p.C, std::max<int64_t>(1, budget / (j.groups * (p.K + 1))), [&](int64_t b, int64_t e) {
@@ -725,12 +746,13 @@ void cpu_backward(const Problem& p, const void* grad_output, const void* x, cons
   j.p = p, j.in = grad_output, j.weight = weight, j.x = x, j.out = grad_input, j.want_weight = grad_weight, j.want_bias = grad_bias;
   run(j, grad_weight, grad_bias);
 }
-// ---- end of the CPU kernels for 32 and 64 bits ----
+// ---- end of the CPU kernels for float32 ----
 
-void float16_tasks(const void* job, int64_t begin, int64_t end) { tasks<Half>(*static_cast<const Job*>(job), begin, end); }
-// ---- end of the CPU kernels for float16 ----
+void cpu::float64_tasks(const Job& j, int64_t begin, int64_t end) { tasks<double>(j, begin, end); }
+void cpu::float16_tasks(const Job& j, int64_t begin, int64_t end) { tasks<Half>(j, begin, end); }
+// ---- end of the CPU kernels for float64 and float16 ----
 
-void bfloat16_tasks(const void* job, int64_t begin, int64_t end) { tasks<BFloat16>(*static_cast<const Job*>(job), begin, end); }
+void cpu::bfloat16_tasks(const Job& j, int64_t begin, int64_t end) { tasks<BFloat16>(j, begin, end); }
 // ---- end of the CPU kernels for bfloat16 ----
 
 #include <optional>
