@@ -84,17 +84,18 @@ INLINE int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return std::max(lo, st
 
 // Pixel column q of lane l of row r of an image lies at r * row + (col + q * step) * px + l * lane.
 struct View { int64_t rows, width, col, step, px, row, lane; };
-// Rows of slots; behind each `lanes` of them, `skip` numbers that are none
+// Rows of slots of images that lie `image` apart; behind each `lanes` slots, `skip` numbers that are none
 template <class R> struct Rows {
   R* data;
-  int64_t stride, lanes = 1, skip = 0;
+  int64_t stride, image, lanes = 1, skip = 0;
   int64_t at(int64_t slot) const { return skip ? slot + uint32_t(slot) / uint32_t(lanes) * skip : slot; }
 };
 // Rows [row, row + rows), pixel columns [q, q + nq), and how many of the lanes exist
 struct Tile { int64_t row, rows, q, nq, lanes, present; };
 
-// Row m of out = init + the taps k whose row m * S + off + k * D of in exists. Weights, `w_tap` from tap to tap, and init repeat every `period` slots.
+// Row m of each image of out = init + the taps k whose row m * S + off + k * D of in exists. Weights, `w_tap` from tap to tap, and init repeat every `period` slots.
 template <class E> struct Conv {
+  int64_t images;
   Rows<E> out; int64_t out_rows;
   Rows<const E> in; int64_t in_rows, S, off, D, K;
   const E* w; int64_t w_tap; const E* init; int64_t period, slots;
@@ -335,7 +336,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
   // Where columns of in have gaps, the processor foresees few rows at a time: GAPS takes half as many, of A times as many slots, and prefetches.
   template <bool GAPS, class E> static INLINE void conv(const Conv<E>& c) {
-    const auto [out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table] = c;
+    const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table] = c;
     constexpr int N = !GAPS && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !GAPS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
     constexpr int H = A * vectors<E>;
     constexpr int64_t step = A * at_once<E>;
@@ -345,13 +346,13 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       for (int64_t m = start; m < out_rows; m += N * jump) {
         const int64_t count = std::min<int64_t>(N, (out_rows - m + jump - 1) / jump);
         const auto [k0, least, more, classes] = list<N>(table, in, in_rows, m * S + off, L, D, K, every, count);
-        for (int64_t i = 0, j = 0; i < slots; i += step) {
+        for (int64_t n = 0; n < images; n++) for (int64_t i = 0, j = 0; i < slots; i += step) {
           if (i > slots - step) i = slots - step, j = tail;
           const void** rows = table;
           const E* wj = w + k0 * w_tap + j;
           int64_t at[A];
 #pragma GCC unroll 4
-          for (int a = 0; a < A; a++) at[a] = in.at(i + a * at_once<E>);
+          for (int a = 0; a < A; a++) at[a] = n * in.image + in.at(i + a * at_once<E>);
           asm("" : "+r"(rows), "+r"(wj), "+r"(at[0]));
           V sum[N][H];
 #pragma GCC unroll 8
@@ -384,7 +385,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
           prefetch<GAPS ? 1 : N>(in, m * S + off + (K - 1) * D + N * L, L, at[0]);
 #pragma GCC unroll 4
           for (int a = 0; a < A; a++) {
-            E* to = out.data + m * out.stride + out.at(i + a * at_once<E>);
+            E* to = out.data + n * out.image + m * out.stride + out.at(i + a * at_once<E>);
 #pragma GCC unroll 8
             for (int r = 0; r < N; r++, to += o_step)
               if (r < count) put(to, sum[r] + a * vectors<E>);
@@ -506,6 +507,7 @@ struct Job {
   bool forward, want_weight, want_bias, direct;
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
   int64_t lanes, channels, images;     // lanes per tile; channels and images as regrouped (narrow planes of few channels)
+  int64_t together, sets;              // images per tile, if they are small
   int64_t q_begin, q_end, nq, band;    // columns that meet x; columns per tile, rows of out per tile
   int64_t column_tiles, bands, groups, in_rows, slots;
   int bytes;                           // per vector
@@ -516,14 +518,15 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   using R = decltype(load(T()));
   const Problem& p = j.p;
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
-  const int64_t bands = j.bands, units = j.images * bands * j.column_tiles, w_tap = j.lanes + 4 * vector;
+  const int64_t bands = j.bands, units = j.sets * bands * j.column_tiles, w_tap = j.lanes + 4 * vector;
   const int64_t full = (ns + vector - 1) / vector * vector, tap = full + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
-  const int64_t size = 2 * (K + 1) * w_tap + K * tap + ns + (j.direct ? ns : (j.in_rows + 2 * j.band) * ns);
+  const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
+  const int64_t size = 2 * (K + 1) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out));
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
-  R *weights = scratch.get(), *init = weights + K * w_tap, *sums = init + (K + 2) * w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.in_rows * ns, *buffer_x = buffer_out + j.band * ns;
+  R *weights = scratch.get(), *init = weights + K * w_tap, *sums = init + (K + 2) * w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out;
   T* raw_weights = (T*)(init + w_tap);
   std::vector<const void*> table(8 * (K + 1));
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
@@ -560,24 +563,26 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       std::fill(totals.begin(), totals.begin() + K * tap, 0.0);
     };
     for (int64_t u = units * group / j.groups, u1 = units * (group + 1) / j.groups; u < u1; u++) {
-      int64_t ct = u / bands / j.images, b = u % bands, n = u / bands % j.images, Q = j.q_end - j.q_begin;
+      int64_t ct = u / bands / j.sets, b = u % bands, n0 = u / bands % j.sets * j.together, images = std::min(j.together, j.images - n0), Q = j.q_end - j.q_begin;
       int64_t o0 = j.vout.rows * b / bands, o1 = j.vout.rows * (b + 1) / bands;
       int64_t q0 = j.q_begin + Q * ct / j.column_tiles, nq = j.q_begin + Q * (ct + 1) / j.column_tiles - q0;
-      int64_t present = p.channels_last ? lanes : std::min({lanes, j.channels - c0, p.N * p.C - (n * j.channels + c0)});
-      auto image = [&](const View& v) { return p.channels_last ? n * v.rows * v.row + c0 : (n * j.channels + c0) * v.rows * v.row; };
+      auto present = [&](int64_t n) { return p.channels_last ? lanes : std::min({lanes, j.channels - c0, p.N * p.C - (n * j.channels + c0)}); };
+      auto apart = [&](const View& v) { return (p.channels_last ? 1 : j.channels) * v.rows * v.row; };
+      auto image = [&](const View& v, int64_t n) { return n * apart(v) + c0 * v.lane; };
       const View &vi = j.vin, &vo = j.vout;
       const int64_t slots = j.direct ? nq * lanes : (nq * lanes + vector - 1) / vector * vector;
       // the rows of in that out rows [o0, o1) meet
       int64_t i0 = j.forward ? o0 * S - pad : ceil_div(o0 + pad - (K - 1) * D, S);
       int64_t i1 = j.forward ? (o1 - 1) * S - pad + (K - 1) * D + 1 : ceil_div(o1 + pad, S);
       i0 = clamp(i0, 0, vi.rows), i1 = clamp(i1, i0, vi.rows);
-      const Tile tin{i0, i1 - i0, q0, nq, lanes, present}, tout{o0, o1 - o0, q0, nq, lanes, present};
-      T* image_out = j.out ? (T*)j.out + image(vo) : nullptr;
-      if (j.out) fill(j.bytes, vo, image_out, tout, ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
+      auto tin = [&](int64_t n) { return Tile{i0, i1 - i0, q0, nq, lanes, present(n)}; };
+      auto tout = [&](int64_t n) { return Tile{o0, o1 - o0, q0, nq, lanes, present(n)}; };
+      for (int64_t n = n0; n < n0 + images && j.out; n++)
+        fill(j.bytes, vo, (T*)j.out + image(vo, n), tout(n), ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
         using E = std::remove_pointer_t<decltype(weights)>;
         const auto* init = weights + K * w_tap;
-        if (j.out && j.forward) conv(j.bytes, Conv<E>{out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, lanes, slots, table.data()});
+        if (j.out && j.forward) conv(j.bytes, Conv<E>{images, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, lanes, slots, table.data()});
         if (j.out && !j.forward) for (int64_t i = o0; i < std::min(o0 + S, o1); i++) {
           // Rows i, i + S, ... of grad_input meet only the taps k, k + every, ...; the last of them meets the first row of grad_output.
           int64_t k = 0, every = S / std::gcd(S, D);
@@ -585,14 +590,14 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           int64_t taps = k < every && k < K ? (K - 1 - k) / every + 1 : 0, d = every * D / S;
           auto rows = out;
           rows.data += (i - o0) * out.stride, rows.stride *= S;
-          conv(j.bytes, Conv<E>{rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
+          conv(j.bytes, Conv<E>{images, rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
                weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, lanes, slots, table.data()});
         }
         if (j.want_weight) {
           if (last >= 0 && last != slots) reduce(last);
           last = slots;
           int64_t adds = (slots + period - 1) / period, step = std::max<int64_t>(7, 128 / adds / 7 * 7);
-          for (int64_t h = i0, rows; h < i1; h += rows) {
+          for (int64_t n = 0; n < images; n++, x.data += x.image, in.data += in.image) for (int64_t h = i0, rows; h < i1; h += rows) {
             rows = std::min(step, i1 - h);
             auto g = in;
             g.data += (h - i0) * in.stride;
@@ -602,26 +607,26 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           }
         }
       };
-      auto in_place = [&](const View& v, auto* from, const Tile& t) {
-        return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v) + t.row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, lanes, v.step * v.px - lanes};
+      auto in_place = [&](const View& v, auto* from, int64_t row) {
+        return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v, n0) + row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, apart(v), lanes, v.step * v.px - lanes};
       };
-      auto packed = [&](const View& v, const void* from, const Tile& t, R* buffer) {
-        if (from) pack(j.bytes, v, (const T*)from + image(v), t, Rows<R>{buffer, ns});
-        return Rows<const R>{buffer, ns};
+      auto packed = [&](const View& v, const void* from, auto tile, R* buffer, int64_t room) {
+        for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, ns});
+        return Rows<const R>{buffer, ns, room};
       };
       if constexpr (!std::is_same_v<T, Half>)  // whose conversion is long: once is enough
-        if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, tout), in_place(vi, (const T*)j.in, tin), in_place(vo, (const T*)j.x, tout), raw_weights);
+        if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, o0), in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), raw_weights);
       if (!j.direct && nq > 0) {
-        compute(Rows<R>{buffer_out, ns}, packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x), weights);
-        if (j.out) unpack(j.bytes, vo, image_out, tout, Rows<R>{buffer_out, ns}, init);
+        compute(Rows<R>{buffer_out, ns, room_out}, packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out), weights);
+        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, (T*)j.out + image(vo, n0 + n), tout(n0 + n), Rows<R>{buffer_out + n * room_out, ns}, init);
       }
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
-        for (int64_t h = p.H_out * b / bands; h < p.H_out * (b + 1) / bands; h++) {
+        for (int64_t n = n0; n < n0 + images; n++) for (int64_t h = p.H_out * b / bands; h < p.H_out * (b + 1) / bands; h++) {
           if (h % 64 == 0) flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
           for (int64_t w = w0, m; w < w1; w += m) {
             m = std::min(j.nq, w1 - w);
-            pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad), Tile{h, 1, w, m, lanes, present}, Rows<R>{buffer_in, ns});
+            pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad, n), Tile{h, 1, w, m, lanes, present(n)}, Rows<R>{buffer_in, ns});
             for (int64_t s = 0; s < m * lanes; s++) bias_sums[s] += buffer_in[s];
           }
         }
@@ -685,7 +690,9 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
   j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
-  const int64_t units = j.images * j.bands * j.column_tiles;
+  j.together = j.bands * j.column_tiles > 1 ? 1 : clamp(budget / ((j.in_rows + j.band) * j.slots), 1, j.images);
+  j.sets = ceil_div(j.images, j.together);
+  const int64_t units = j.sets * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
   j.groups = clamp(total / blocks / std::max({budget, total / 256, 8 * (p.K + 1) * j.slots, (j.forward ? 0 : 32 * (p.K + 1) * j.lanes)}), 1, units);
   const int64_t count = blocks * j.groups;
