@@ -84,11 +84,16 @@ INLINE int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return std::max(lo, st
 
 // Pixel column q of lane l of row r of an image lies at r * row + (col + q * step) * px + l * lane.
 struct View { int64_t rows, width, col, step, px, row, lane; };
-// Rows of slots of images that lie `image` apart; behind each `lanes` slots, `skip` numbers that are none
+// Rows of slots of images that lie `image` apart; behind each `lanes` slots, `skip` numbers that are none.
+// No vector begins behind number `last` of a pixel: there it overlaps the one before, and `lanes` counts some numbers twice.
 template <class R> struct Rows {
   R* data;
-  int64_t stride, image, lanes = 1, skip = 0;
-  int64_t at(int64_t slot) const { return skip ? slot + uint32_t(slot) / uint32_t(lanes) * skip : slot; }
+  int64_t stride, image, lanes = 1, skip = 0, last = lanes;
+  int64_t at(int64_t slot) const {
+    if (!skip) return slot;
+    const int64_t pixel = uint32_t(slot) / uint32_t(lanes);
+    return pixel * (lanes + skip) + std::min(slot - pixel * lanes, last);
+  }
 };
 // Rows [row, row + rows), pixel columns [q, q + nq), and how many of the lanes exist
 struct Tile { int64_t row, rows, q, nq, lanes, present; };
@@ -251,7 +256,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     for (int64_t r = 0; r < rows; r++, src += v.row, dst += to.stride) {
       const T* from = src;
       if (run > (px > 1))
-        for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run);
+        for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run > 4 ? std::max(run, std::min(at_once<T>, n - i)) : run);  // whole vectors, even into what follows
       else if (t.lanes == size && px == 1 && nq >= at_once<T>)
         for (int64_t q = 0; q < nq; q += at_once<T>) {
           q = std::min(q, nq - at_once<T>);  // the last ones again, rather than fewer
@@ -506,7 +511,8 @@ struct Job {
   void* out;                           // y or grad_input
   bool forward, want_weight, want_bias, direct;
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
-  int64_t lanes, channels, images;     // lanes per tile; channels and images as regrouped (narrow planes of few channels)
+  int64_t lanes, padded;               // lanes per tile, and in whole vectors if the last one of a pixel overlaps
+  int64_t channels, images;            // as regrouped (narrow planes of few channels)
   int64_t together, sets;              // images per tile, if they are small
   int64_t q_begin, q_end, nq, band;    // columns that meet x; columns per tile, rows of out per tile
   int64_t column_tiles, bands, groups, in_rows, slots;
@@ -518,28 +524,32 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   using R = decltype(load(T()));
   const Problem& p = j.p;
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
-  const int64_t bands = j.bands, units = j.sets * bands * j.column_tiles, w_tap = j.lanes + 4 * vector;
+  const int64_t bands = j.bands, units = j.sets * bands * j.column_tiles, w_tap = (ceil_div(j.padded, 16) + 4) * 16;
   const int64_t full = (ns + vector - 1) / vector * vector, tap = full + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
-  const int64_t size = 2 * (K + 1) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out));
+  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out));
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
-  R *weights = scratch.get(), *init = weights + K * w_tap, *sums = init + (K + 2) * w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out;
-  T* raw_weights = (T*)(init + w_tap);
+  R *weights = scratch.get(), *init = weights + (K + 1) * w_tap, *sums = init + w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out;
   std::vector<const void*> table(8 * (K + 1));
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
   for (int64_t t = begin, built = -1; t < end; t++) {
     int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = p.channels_last ? std::min(j.lanes, j.channels - c0) : j.lanes;
-    for (int64_t k = 0; k <= K && c0 != built; k++) {
-      const T* from = k < K ? (const T*)j.weight : (const T*)j.bias;
-      R* to = weights + k * w_tap;
-      T* raw = raw_weights + k * w_tap;
-      for (int64_t i = 0, c = c0; i < lanes; i++, c = c + 1 < p.C ? c + 1 : 0) raw[i] = from ? from[k < K ? c * K + k : c] : T{}, to[i] = load(raw[i]);
-      if (lanes == 1) std::fill(to, to + w_tap, *to), std::fill(raw, raw + w_tap, *raw);
-      for (int64_t i = lanes, n; i < w_tap && lanes > 1; i += n)
-        n = std::min(i, w_tap - i), std::copy(to, to + n, to + i), std::copy(raw, raw + n, raw + i);
+    const int64_t padded = j.padded > j.lanes ? j.padded : lanes;
+    auto build = [&](auto* to, int64_t k, int64_t width) {
+      for (int64_t i = 0, c = c0; i < width; i++, c = c + 1 < p.C ? c + 1 : 0) {
+        if (width > lanes && i == width - vector) c = lanes - vector;
+        const T value = k < K ? ((const T*)j.weight)[c * K + k] : j.bias ? ((const T*)j.bias)[c] : T{};
+        if constexpr (std::is_same_v<decltype(to), T*>) to[i] = value;
+        else to[i] = load(value);
+      }
+      for (int64_t i = width, n; i < w_tap; i += n) n = std::min(i, w_tap - i), std::copy(to, to + n, to + i);
+    };
+    if (c0 != built) {
+      build(init, K, lanes);
+      for (int64_t k = j.weight ? 0 : K; k <= K; k++) j.direct ? build((T*)weights + k * w_tap, k, padded) : build(weights + k * w_tap, k, lanes);
     }
     built = c0;
     std::fill(sums, sums + K * tap + ns, R(0));
@@ -570,7 +580,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto apart = [&](const View& v) { return (p.channels_last ? 1 : j.channels) * v.rows * v.row; };
       auto image = [&](const View& v, int64_t n) { return n * apart(v) + c0 * v.lane; };
       const View &vi = j.vin, &vo = j.vout;
-      const int64_t slots = j.direct ? nq * lanes : (nq * lanes + vector - 1) / vector * vector;
+      const int64_t slots = j.direct ? nq * padded : (nq * lanes + vector - 1) / vector * vector;
       // the rows of in that out rows [o0, o1) meet
       int64_t i0 = j.forward ? o0 * S - pad : ceil_div(o0 + pad - (K - 1) * D, S);
       int64_t i1 = j.forward ? (o1 - 1) * S - pad + (K - 1) * D + 1 : ceil_div(o1 + pad, S);
@@ -582,7 +592,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
         using E = std::remove_pointer_t<decltype(weights)>;
         const auto* init = weights + K * w_tap;
-        if (j.out && j.forward) conv(j.bytes, Conv<E>{images, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, lanes, slots, table.data()});
+        if (j.out && j.forward) conv(j.bytes, Conv<E>{images, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, padded, slots, table.data()});
         if (j.out && !j.forward) for (int64_t i = o0; i < std::min(o0 + S, o1); i++) {
           // Rows i, i + S, ... of grad_input meet only the taps k, k + every, ...; the last of them meets the first row of grad_output.
           int64_t k = 0, every = S / std::gcd(S, D);
@@ -591,7 +601,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           auto rows = out;
           rows.data += (i - o0) * out.stride, rows.stride *= S;
           conv(j.bytes, Conv<E>{images, rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
-               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, lanes, slots, table.data()});
+               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, padded, slots, table.data()});
         }
         if (j.want_weight) {
           if (last >= 0 && last != slots) reduce(last);
@@ -608,14 +618,14 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         }
       };
       auto in_place = [&](const View& v, auto* from, int64_t row) {
-        return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v, n0) + row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, apart(v), lanes, v.step * v.px - lanes};
+        return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v, n0) + row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, apart(v), padded, v.step * v.px - padded, lanes - vector};
       };
       auto packed = [&](const View& v, const void* from, auto tile, R* buffer, int64_t room) {
         for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, ns});
         return Rows<const R>{buffer, ns, room};
       };
       if constexpr (!std::is_same_v<T, Half>)  // whose conversion is long: once is enough
-        if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, o0), in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), raw_weights);
+        if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, o0), in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), (T*)weights);
       if (!j.direct && nq > 0) {
         compute(Rows<R>{buffer_out, ns, room_out}, packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out), weights);
         for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, (T*)j.out + image(vo, n0 + n), tout(n0 + n), Rows<R>{buffer_out + n * room_out, ns}, init);
@@ -684,7 +694,8 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
   const int64_t at_once = j.bytes / element;
   j.direct = p.type != Type::f16 && !narrow && run >= at_once && (std::min(p.K, j.vin.rows) <= 12 || j.vin.row <= 512) &&
-             ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && j.lanes % at_once == 0 && p.C % at_once == 0));
+             ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && ((j.lanes % at_once == 0 && p.C % at_once == 0) || (j.forward && j.lanes == p.C))));
+  j.padded = j.direct && p.stride_w > 1 ? ceil_div(j.lanes, at_once) * at_once : j.lanes;
   if (j.direct && j.forward && p.stride_w > 1) j.nq = std::min(Q, 8 * wanted / j.lanes);
   j.slots = (j.nq * j.lanes + vector - 1) / vector * vector;
   j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
