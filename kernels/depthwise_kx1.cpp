@@ -196,6 +196,16 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       }
     if constexpr (S > 1) transpose<S / 2>(a);
   }
+  static INLINE void transpose(R* to, int64_t to_row, const R* from, int64_t from_row, int64_t rows) {  // the first rows of `to`
+    V a[size];
+#pragma GCC unroll 16
+    for (int i = 0; i < size; i++) a[i] = *(const V*)(from + i * from_row);
+    transpose(a);
+#pragma GCC unroll 16
+    for (int i = 0; i < size; i++) if (i < rows) *(V*)(to + i * to_row) = a[i];
+  }
+  // Planes that lie one behind another and are too small to be transposed where they are; whole vectors of them reach into the next.
+  template <class T> static INLINE bool tiny(const View& v, const Tile& t, int64_t n) { return most == 7 && t.lanes == size && t.present == size && v.lane == n && n < at_once<T>; }
 
   // n contiguous numbers; the last vectors overlap those before. (The asm keeps the compiler from calling memcpy, which is slow here.)
   template <class T> static INLINE void get(R* dst, const T* src, int64_t count) {
@@ -257,7 +267,11 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       const T* from = src;
       if (run > (px > 1))
         for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run > 4 ? std::max(run, std::min(at_once<T>, n - i)) : run);  // whole vectors, even into what follows
-      else if (t.lanes == size && px == 1 && nq >= at_once<T>)
+      else if (tiny<T>(v, t, nq)) {
+        R planes[size * (at_once<T> + 1)];
+        get(planes, src, size * nq);
+        for (int64_t i = 0, q; i < nq; i += size) q = clamp(i, 0, std::max(nq - size, int64_t(0))), transpose(dst + q * size, size, planes + q, nq, nq - q);
+      } else if (t.lanes == size && px == 1 && nq >= at_once<T>)
         for (int64_t q = 0; q < nq; q += at_once<T>) {
           q = std::min(q, nq - at_once<T>);  // the last ones again, rather than fewer
           V a[size];
@@ -292,7 +306,11 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       T* to = dst;
       if (run > (px > 1))
         for (int64_t i = 0; i < n; i += run, to += px) put(to, src + i, run);
-      else if (t.lanes == size && px == 1 && nq >= at_once<T>)
+      else if (tiny<T>(v, t, nq)) {
+        R planes[size * (at_once<T> + 1)];
+        for (int64_t i = 0, q; i < nq; i += size) q = clamp(i, 0, std::max(nq - size, int64_t(0))), transpose(planes + q, nq, src + q * size, size, size);
+        put(dst, planes, size * nq);
+      } else if (t.lanes == size && px == 1 && nq >= at_once<T>)
         for (int64_t q = 0; q < nq; q += at_once<T>) {
           q = std::min(q, nq - at_once<T>);
           V a[size];
@@ -342,7 +360,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   // Where columns of in have gaps, the processor foresees few rows at a time: GAPS takes half as many, of A times as many slots, and prefetches.
   template <bool GAPS, class E> static INLINE void conv(const Conv<E>& c) {
     const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table] = c;
-    constexpr int N = !GAPS && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !GAPS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
+    constexpr int N = !GAPS && most == 7 && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !GAPS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
     constexpr int H = A * vectors<E>;
     constexpr int64_t step = A * at_once<E>;
     const int64_t px = in.lanes + in.skip, ahead = std::max<int64_t>(2048 / (px * sizeof(E)), 1) * px;
@@ -493,9 +511,11 @@ template <class R, class T> void unpack(int bytes, const View& v, T* dst, const 
 template <class R, class T> void fill(int bytes, const View& v, T* dst, const Tile& t, int64_t a, int64_t b, const R* values) { SIMD(R, fill(v, dst, t, a, b, values)); }
 template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
 template <class E> void conv(int bytes, const Conv<E>& c) {
-  using R = decltype(load(E()));
-  if (c.in.skip && c.slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true>(c));
-  else SIMD(R, template conv<false>(c));
+  simd(bytes, [&](auto number) __attribute__((always_inline)) {
+    using Vectors = Vector<decltype(load(E())), number.value>;
+    if constexpr (Vectors::most == 7) if (c.in.skip && c.slots >= 4 * Vectors::size) return Vectors::template conv<true>(c);
+    Vectors::template conv<false>(c);
+  });
 }
 template <class E> void correlate(int bytes, const Correlation<E>& c) {
   using R = decltype(load(E()));
@@ -528,7 +548,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   const int64_t full = (ns + vector - 1) / vector * vector, tap = full + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
-  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out));
+  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out) + 256);  // and what the last transposition reads too much
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
