@@ -258,7 +258,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 
   // Slots that do not exist are zero.
   template <class T> static INLINE void pack(const View v, const T* src, const Tile t, const Rows<R> to) {
-    int64_t px = v.step * v.px, n = t.nq * t.lanes, nq = t.nq, rows = t.rows;
+    int64_t px = t.nq == 1 ? v.row : v.step * v.px, n = t.nq * t.lanes, nq = t.nq, rows = t.rows;
     R* dst = to.data;
     src += t.row * v.row + (v.col + t.q * v.step) * v.px;
     if (n == to.stride && v.row == nq * px && rows) n *= rows, nq *= rows, rows = 1;  // rows that follow one another are one
@@ -297,7 +297,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 
   // The reverse
   template <class T> static INLINE void unpack(const View v, T* dst, const Tile t, const Rows<R> from, const R* values) {
-    int64_t px = v.step * v.px, n = t.nq * t.lanes, nq = t.nq, rows = t.rows;
+    int64_t px = t.nq == 1 ? v.row : v.step * v.px, n = t.nq * t.lanes, nq = t.nq, rows = t.rows;
     const R* src = from.data;
     dst += t.row * v.row + (v.col + t.q * v.step) * v.px;
     if (n == from.stride && v.row == nq * px && rows) n *= rows, nq *= rows, rows = 1;
@@ -511,11 +511,9 @@ template <class R, class T> void unpack(int bytes, const View& v, T* dst, const 
 template <class R, class T> void fill(int bytes, const View& v, T* dst, const Tile& t, int64_t a, int64_t b, const R* values) { SIMD(R, fill(v, dst, t, a, b, values)); }
 template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
 template <class E> void conv(int bytes, const Conv<E>& c) {
-  simd(bytes, [&](auto number) __attribute__((always_inline)) {
-    using Vectors = Vector<decltype(load(E())), number.value>;
-    if constexpr (Vectors::most == 7) if (c.in.skip && c.slots >= 4 * Vectors::size) return Vectors::template conv<true>(c);
-    Vectors::template conv<false>(c);
-  });
+  using R = decltype(load(E()));
+  if (c.in.skip && c.slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true>(c));
+  else SIMD(R, template conv<false>(c));
 }
 template <class E> void correlate(int bytes, const Correlation<E>& c) {
   using R = decltype(load(E()));
