@@ -44,11 +44,10 @@ void cpu_backward(const Problem&, const void* grad_output, const void* x, const 
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
-#include <torch/csrc/stable/c/shim.h>
 #define INLINE __attribute__((always_inline)) inline
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only to what is inlined
 
-namespace {
+inline namespace cpu {
 struct Half { uint16_t bits; };
 struct BFloat16 { uint16_t bits; };
 template <class To, class From> INLINE To bit_cast(const From& from) { To to; static_assert(sizeof to == sizeof from); std::memcpy(&to, &from, sizeof to); return to; }
@@ -85,14 +84,35 @@ INLINE int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return std::max(lo, st
 
 // Pixel column q of lane l of row r of an image lies at r * row + (col + q * step) * px + l * lane.
 struct View { int64_t rows, width, col, step, px, row, lane; };
-// Rows of slots; behind each `lanes` of them, `skip` numbers that are none
+// Rows of slots of images that lie `image` apart; behind each `lanes` slots, `skip` numbers that are none.
+// No vector begins behind number `last` of a pixel: there it overlaps the one before, and `lanes` counts some numbers twice.
 template <class R> struct Rows {
   R* data;
-  int64_t stride, lanes = 1, skip = 0;
-  int64_t at(int64_t slot) const { return skip ? slot + uint32_t(slot) / uint32_t(lanes) * skip : slot; }
+  int64_t stride, image, lanes = 1, skip = 0, last = lanes;
+  int64_t at(int64_t slot) const {
+    if (!skip) return slot;
+    const int64_t pixel = uint32_t(slot) / uint32_t(lanes);
+    return pixel * (lanes + skip) + std::min(slot - pixel * lanes, last);
+  }
 };
 // Rows [row, row + rows), pixel columns [q, q + nq), and how many of the lanes exist
 struct Tile { int64_t row, rows, q, nq, lanes, present; };
+
+// Row m of each image of out = init + the taps k whose row m * S + off + k * D of in exists. Weights, `w_tap` from tap to tap, and init repeat every `period` slots.
+template <class E> struct Conv {
+  int64_t images;
+  Rows<E> out; int64_t out_rows;
+  Rows<const E> in; int64_t in_rows, S, off, D, K;
+  const E* w; int64_t w_tap; const E* init; int64_t period, slots;
+  const void** table;  // of 8 * (K + 1) pointers
+};
+// Sums of tap k, `tap` apart, += rows m of g times those rows m * S + off + k * D of x that exist. Slots share a sum every `period`; those of a last, overlapping vector have their own.
+template <class E> struct Correlation {
+  decltype(load(E()))* sums; int64_t tap;
+  Rows<const E> g; int64_t g_rows;
+  Rows<const E> x; int64_t x_rows, S, off, D, K, period, slots;
+  const void** table;
+};
 
 // The taps [0, n) in numbers that are compiled: f(first, number)
 template <int N> using Number = std::integral_constant<int, N>;
@@ -176,6 +196,16 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       }
     if constexpr (S > 1) transpose<S / 2>(a);
   }
+  static INLINE void transpose(R* to, int64_t to_row, const R* from, int64_t from_row, int64_t rows) {  // the first rows of `to`
+    V a[size];
+#pragma GCC unroll 16
+    for (int i = 0; i < size; i++) a[i] = *(const V*)(from + i * from_row);
+    transpose(a);
+#pragma GCC unroll 16
+    for (int i = 0; i < size; i++) if (i < rows) *(V*)(to + i * to_row) = a[i];
+  }
+  // Planes that lie one behind another and are too small to be transposed where they are; whole vectors of them reach into the next.
+  template <class T> static INLINE bool tiny(const View& v, const Tile& t, int64_t n) { return most == 7 && t.lanes == size && t.present == size && v.lane == n && n < at_once<T>; }
 
   // n contiguous numbers; the last vectors overlap those before. (The asm keeps the compiler from calling memcpy, which is slow here.)
   template <class T> static INLINE void get(R* dst, const T* src, int64_t count) {
@@ -228,7 +258,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 
   // Slots that do not exist are zero.
   template <class T> static INLINE void pack(const View v, const T* src, const Tile t, const Rows<R> to) {
-    int64_t px = v.step * v.px, n = t.nq * t.lanes, nq = t.nq, rows = t.rows;
+    int64_t px = t.nq == 1 ? v.row : v.step * v.px, n = t.nq * t.lanes, nq = t.nq, rows = t.rows;
     R* dst = to.data;
     src += t.row * v.row + (v.col + t.q * v.step) * v.px;
     if (n == to.stride && v.row == nq * px && rows) n *= rows, nq *= rows, rows = 1;  // rows that follow one another are one
@@ -236,8 +266,12 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     for (int64_t r = 0; r < rows; r++, src += v.row, dst += to.stride) {
       const T* from = src;
       if (run > (px > 1))
-        for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run);
-      else if (t.lanes == size && px == 1 && nq >= at_once<T>)
+        for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run > 4 ? std::max(run, std::min(at_once<T>, n - i)) : run);  // whole vectors, even into what follows
+      else if (tiny<T>(v, t, nq)) {
+        R planes[size * (at_once<T> + 1)];
+        get(planes, src, size * nq);
+        for (int64_t i = 0, q; i < nq; i += size) q = clamp(i, 0, std::max(nq - size, int64_t(0))), transpose(dst + q * size, size, planes + q, nq, nq - q);
+      } else if (t.lanes == size && px == 1 && nq >= at_once<T>)
         for (int64_t q = 0; q < nq; q += at_once<T>) {
           q = std::min(q, nq - at_once<T>);  // the last ones again, rather than fewer
           V a[size];
@@ -263,7 +297,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 
   // The reverse
   template <class T> static INLINE void unpack(const View v, T* dst, const Tile t, const Rows<R> from, const R* values) {
-    int64_t px = v.step * v.px, n = t.nq * t.lanes, nq = t.nq, rows = t.rows;
+    int64_t px = t.nq == 1 ? v.row : v.step * v.px, n = t.nq * t.lanes, nq = t.nq, rows = t.rows;
     const R* src = from.data;
     dst += t.row * v.row + (v.col + t.q * v.step) * v.px;
     if (n == from.stride && v.row == nq * px && rows) n *= rows, nq *= rows, rows = 1;
@@ -272,7 +306,11 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       T* to = dst;
       if (run > (px > 1))
         for (int64_t i = 0; i < n; i += run, to += px) put(to, src + i, run);
-      else if (t.lanes == size && px == 1 && nq >= at_once<T>)
+      else if (tiny<T>(v, t, nq)) {
+        R planes[size * (at_once<T> + 1)];
+        for (int64_t i = 0, q; i < nq; i += size) q = clamp(i, 0, std::max(nq - size, int64_t(0))), transpose(planes + q, nq, src + q * size, size, size);
+        put(dst, planes, size * nq);
+      } else if (t.lanes == size && px == 1 && nq >= at_once<T>)
         for (int64_t q = 0; q < nq; q += at_once<T>) {
           q = std::min(q, nq - at_once<T>);
           V a[size];
@@ -316,13 +354,13 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       }
   }
 
-  // Row m of out = init + the taps k whose row m * S + off + k * D of in exists. Output rows are taken 8 at a time and taps up to 7,
-  // both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all. Weights and init repeat every `period` slots.
+  // Output rows are taken 8 at a time and taps up to 7,
+  // both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all.
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
   // Where columns of in have gaps, the processor foresees few rows at a time: GAPS takes half as many, of A times as many slots, and prefetches.
-  template <bool GAPS, class E>
-  static INLINE void conv(const Rows<E> out, int64_t out_rows, const Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
-    constexpr int N = !GAPS && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !GAPS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
+  template <bool GAPS, class E> static INLINE void conv(const Conv<E>& c) {
+    const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table] = c;
+    constexpr int N = !GAPS && most == 7 && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !GAPS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
     constexpr int H = A * vectors<E>;
     constexpr int64_t step = A * at_once<E>;
     const int64_t px = in.lanes + in.skip, ahead = std::max<int64_t>(2048 / (px * sizeof(E)), 1) * px;
@@ -331,13 +369,13 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       for (int64_t m = start; m < out_rows; m += N * jump) {
         const int64_t count = std::min<int64_t>(N, (out_rows - m + jump - 1) / jump);
         const auto [k0, least, more, classes] = list<N>(table, in, in_rows, m * S + off, L, D, K, every, count);
-        for (int64_t i = 0, j = 0; i < slots; i += step) {
+        for (int64_t n = 0; n < images; n++) for (int64_t i = 0, j = 0; i < slots; i += step) {
           if (i > slots - step) i = slots - step, j = tail;
           const void** rows = table;
           const E* wj = w + k0 * w_tap + j;
           int64_t at[A];
 #pragma GCC unroll 4
-          for (int a = 0; a < A; a++) at[a] = in.at(i + a * at_once<E>);
+          for (int a = 0; a < A; a++) at[a] = n * in.image + in.at(i + a * at_once<E>);
           asm("" : "+r"(rows), "+r"(wj), "+r"(at[0]));
           V sum[N][H];
 #pragma GCC unroll 8
@@ -370,7 +408,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
           prefetch<GAPS ? 1 : N>(in, m * S + off + (K - 1) * D + N * L, L, at[0]);
 #pragma GCC unroll 4
           for (int a = 0; a < A; a++) {
-            E* to = out.data + m * out.stride + out.at(i + a * at_once<E>);
+            E* to = out.data + n * out.image + m * out.stride + out.at(i + a * at_once<E>);
 #pragma GCC unroll 8
             for (int r = 0; r < N; r++, to += o_step)
               if (r < count) put(to, sum[r] + a * vectors<E>);
@@ -396,9 +434,8 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     return {k0, taps / every, taps % every, classes};
   }
 
-  // Sums of tap k += rows m of g times those rows m * S + off + k * D of x that exist. Slots share a sum every `period`; those of a last, overlapping vector have their own.
-  template <int N, class E>
-  static INLINE void dots(R* sums, int64_t tap, const Rows<const E> g, int64_t m, const Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t L, int64_t period, int64_t slots, const void** table) {
+  template <int N, class E> static INLINE void dots(const Correlation<E>& c, int64_t m, int64_t L) {
+    const auto [sums, tap, g, g_rows, x, x_rows, S, off, D, K, period, slots, table] = c;
     constexpr int64_t width = at_once<E>;
     const int64_t every = L / D, step = every * tap, g_step = L / S * g.stride;
     const auto [k0, least, more, classes] = list<N>(table, x, x_rows, m * S + off, L, D, K, every, N);
@@ -441,15 +478,14 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       if ((s += width) == period) s = 0;
     }
   }
-  template <class E>
-  static INLINE void correlate(R* sums, int64_t tap, const Rows<const E> g, int64_t g_rows, const Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t period, int64_t slots, const void** table) {
-    const int64_t L = std::lcm(S, D), jump = L / S;
-    for (int64_t start = 0; start < std::min(jump, g_rows); start++) {
+  template <class E> static INLINE void correlate(const Correlation<E> c) {
+    const int64_t L = std::lcm(c.S, c.D), jump = L / c.S;
+    for (int64_t start = 0; start < std::min(jump, c.g_rows); start++) {
       int64_t m = start;
       if constexpr (most >= 7)
-        for (; m + 6 * jump < g_rows; m += 7 * jump) dots<7>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
-      for (; m + jump < g_rows; m += 2 * jump) dots<2>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
-      for (; m < g_rows; m += jump) dots<1>(sums, tap, g, m, x, x_rows, S, off, D, K, L, period, slots, table);
+        for (; m + 6 * jump < c.g_rows; m += 7 * jump) dots<7>(c, m, L);
+      for (; m + jump < c.g_rows; m += 2 * jump) dots<2>(c, m, L);
+      for (; m < c.g_rows; m += jump) dots<1>(c, m, L);
     }
   }
 
@@ -462,11 +498,11 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 #if defined(__x86_64__)
 template <class F> __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void avx512(const F& f) { f(Number<64>()); }
 template <class F> __attribute__((target("avx2,fma"))) void avx2(const F& f) { f(Number<32>()); }
-const int vector_bytes = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 64
+inline const int vector_bytes = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 64
                        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 32 : 16;
 template <class F> void simd(int bytes, const F& f) { bytes == 64 ? avx512(f) : bytes == 32 ? avx2(f) : f(Number<16>()); }
 #else
-const int vector_bytes = 16;
+inline const int vector_bytes = 16;
 template <class F> void simd(int, const F& f) { f(Number<16>()); }
 #endif
 #define SIMD(R, ...) simd(bytes, [&](auto number) __attribute__((always_inline)) { Vector<R, number.value>::__VA_ARGS__; })
@@ -474,14 +510,18 @@ template <class R, class T> void pack(int bytes, const View& v, const T* src, co
 template <class R, class T> void unpack(int bytes, const View& v, T* dst, const Tile& t, Rows<R> from, const R* values) { SIMD(R, unpack(v, dst, t, from, values)); }
 template <class R, class T> void fill(int bytes, const View& v, T* dst, const Tile& t, int64_t a, int64_t b, const R* values) { SIMD(R, fill(v, dst, t, a, b, values)); }
 template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
-template <class E> void conv(int bytes, Rows<E> out, int64_t out_rows, Rows<const E> in, int64_t in_rows, int64_t S, int64_t off, int64_t D, int64_t K, const E* w, int64_t w_tap, const E* init, int64_t period, int64_t slots, const void** table) {
+template <class E> void conv(int bytes, const Conv<E>& c) {
   using R = decltype(load(E()));
-  if (in.skip && slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true>(out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table));
-  else SIMD(R, template conv<false>(out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table));
+  if (c.in.skip && c.slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true>(c));
+  else SIMD(R, template conv<false>(c));
 }
-template <class R, class E> void correlate(int bytes, R* sums, int64_t tap, Rows<const E> g, int64_t g_rows, Rows<const E> x, int64_t x_rows, int64_t S, int64_t off, int64_t D, int64_t K, int64_t period, int64_t slots, const void** table) {
-  SIMD(R, correlate(sums, tap, g, g_rows, x, x_rows, S, off, D, K, period, slots, table));
+template <class E> void correlate(int bytes, const Correlation<E>& c) {
+  using R = decltype(load(E()));
+  SIMD(R, correlate(c));
 }
+// Those of float serve the 16-bit types, too
+extern template void conv(int, const Conv<float>&);
+extern template void correlate(int, const Correlation<float>&);
 
 struct Job {
   Problem p;
@@ -489,7 +529,9 @@ struct Job {
   void* out;                           // y or grad_input
   bool forward, want_weight, want_bias, direct;
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
-  int64_t lanes, channels, images;     // lanes per tile; channels and images as regrouped (narrow planes of few channels)
+  int64_t lanes, padded;               // lanes per tile, and in whole vectors if the last one of a pixel overlaps
+  int64_t channels, images;            // as regrouped (narrow planes of few channels)
+  int64_t together, sets;              // images per tile, if they are small
   int64_t q_begin, q_end, nq, band;    // columns that meet x; columns per tile, rows of out per tile
   int64_t column_tiles, bands, groups, in_rows, slots;
   int bytes;                           // per vector
@@ -500,27 +542,32 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   using R = decltype(load(T()));
   const Problem& p = j.p;
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
-  const int64_t bands = j.bands, units = j.images * bands * j.column_tiles, w_tap = j.lanes + 4 * vector;
+  const int64_t bands = j.bands, units = j.sets * bands * j.column_tiles, w_tap = (ceil_div(j.padded, 16) + 4) * 16;
   const int64_t full = (ns + vector - 1) / vector * vector, tap = full + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
-  const int64_t size = 2 * (K + 1) * w_tap + K * tap + ns + (j.direct ? ns : (j.in_rows + 2 * j.band) * ns);
+  const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
+  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out) + 256);  // and what the last transposition reads too much
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
-  R *weights = scratch.get(), *init = weights + K * w_tap, *sums = init + (K + 2) * w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.in_rows * ns, *buffer_x = buffer_out + j.band * ns;
-  T* raw_weights = (T*)(init + w_tap);
+  R *weights = scratch.get(), *init = weights + (K + 1) * w_tap, *sums = init + w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out;
   std::vector<const void*> table(8 * (K + 1));
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
   for (int64_t t = begin, built = -1; t < end; t++) {
     int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = p.channels_last ? std::min(j.lanes, j.channels - c0) : j.lanes;
-    for (int64_t k = 0; k <= K && c0 != built; k++) {
-      const T* from = k < K ? (const T*)j.weight : (const T*)j.bias;
-      R* to = weights + k * w_tap;
-      T* raw = raw_weights + k * w_tap;
-      for (int64_t i = 0, c = c0; i < lanes; i++, c = c + 1 < p.C ? c + 1 : 0) raw[i] = from ? from[k < K ? c * K + k : c] : T{}, to[i] = load(raw[i]);
-      if (lanes == 1) std::fill(to, to + w_tap, *to), std::fill(raw, raw + w_tap, *raw);
-      for (int64_t i = lanes, n; i < w_tap && lanes > 1; i += n)
-        n = std::min(i, w_tap - i), std::copy(to, to + n, to + i), std::copy(raw, raw + n, raw + i);
+    const int64_t padded = j.padded > j.lanes ? j.padded : lanes;
+    auto build = [&](auto* to, int64_t k, int64_t width) {
+      for (int64_t i = 0, c = c0; i < width; i++, c = c + 1 < p.C ? c + 1 : 0) {
+        if (width > lanes && i == width - vector) c = lanes - vector;
+        const T value = k < K ? ((const T*)j.weight)[c * K + k] : j.bias ? ((const T*)j.bias)[c] : T{};
+        if constexpr (std::is_same_v<decltype(to), T*>) to[i] = value;
+        else to[i] = load(value);
+      }
+      for (int64_t i = width, n; i < w_tap; i += n) n = std::min(i, w_tap - i), std::copy(to, to + n, to + i);
+    };
+    if (c0 != built) {
+      build(init, K, lanes);
+      for (int64_t k = j.weight ? 0 : K; k <= K; k++) j.direct ? build((T*)weights + k * w_tap, k, padded) : build(weights + k * w_tap, k, lanes);
     }
     built = c0;
     std::fill(sums, sums + K * tap + ns, R(0));
@@ -544,23 +591,26 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       std::fill(totals.begin(), totals.begin() + K * tap, 0.0);
     };
     for (int64_t u = units * group / j.groups, u1 = units * (group + 1) / j.groups; u < u1; u++) {
-      int64_t ct = u / bands / j.images, b = u % bands, n = u / bands % j.images, Q = j.q_end - j.q_begin;
+      int64_t ct = u / bands / j.sets, b = u % bands, n0 = u / bands % j.sets * j.together, images = std::min(j.together, j.images - n0), Q = j.q_end - j.q_begin;
       int64_t o0 = j.vout.rows * b / bands, o1 = j.vout.rows * (b + 1) / bands;
       int64_t q0 = j.q_begin + Q * ct / j.column_tiles, nq = j.q_begin + Q * (ct + 1) / j.column_tiles - q0;
-      int64_t present = p.channels_last ? lanes : std::min({lanes, j.channels - c0, p.N * p.C - (n * j.channels + c0)});
-      auto image = [&](const View& v) { return p.channels_last ? n * v.rows * v.row + c0 : (n * j.channels + c0) * v.rows * v.row; };
+      auto present = [&](int64_t n) { return p.channels_last ? lanes : std::min({lanes, j.channels - c0, p.N * p.C - (n * j.channels + c0)}); };
+      auto apart = [&](const View& v) { return (p.channels_last ? 1 : j.channels) * v.rows * v.row; };
+      auto image = [&](const View& v, int64_t n) { return n * apart(v) + c0 * v.lane; };
       const View &vi = j.vin, &vo = j.vout;
-      const int64_t slots = j.direct ? nq * lanes : (nq * lanes + vector - 1) / vector * vector;
+      const int64_t slots = j.direct ? nq * padded : (nq * lanes + vector - 1) / vector * vector;
       // the rows of in that out rows [o0, o1) meet
       int64_t i0 = j.forward ? o0 * S - pad : ceil_div(o0 + pad - (K - 1) * D, S);
       int64_t i1 = j.forward ? (o1 - 1) * S - pad + (K - 1) * D + 1 : ceil_div(o1 + pad, S);
       i0 = clamp(i0, 0, vi.rows), i1 = clamp(i1, i0, vi.rows);
-      const Tile tin{i0, i1 - i0, q0, nq, lanes, present}, tout{o0, o1 - o0, q0, nq, lanes, present};
-      T* image_out = j.out ? (T*)j.out + image(vo) : nullptr;
-      if (j.out) fill(j.bytes, vo, image_out, tout, ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
+      auto tin = [&](int64_t n) { return Tile{i0, i1 - i0, q0, nq, lanes, present(n)}; };
+      auto tout = [&](int64_t n) { return Tile{o0, o1 - o0, q0, nq, lanes, present(n)}; };
+      for (int64_t n = n0; n < n0 + images && j.out; n++)
+        fill(j.bytes, vo, (T*)j.out + image(vo, n), tout(n), ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
+        using E = std::remove_pointer_t<decltype(weights)>;
         const auto* init = weights + K * w_tap;
-        if (j.out && j.forward) conv(j.bytes, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, lanes, slots, table.data());
+        if (j.out && j.forward) conv(j.bytes, Conv<E>{images, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, padded, slots, table.data()});
         if (j.out && !j.forward) for (int64_t i = o0; i < std::min(o0 + S, o1); i++) {
           // Rows i, i + S, ... of grad_input meet only the taps k, k + every, ...; the last of them meets the first row of grad_output.
           int64_t k = 0, every = S / std::gcd(S, D);
@@ -568,43 +618,43 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           int64_t taps = k < every && k < K ? (K - 1 - k) / every + 1 : 0, d = every * D / S;
           auto rows = out;
           rows.data += (i - o0) * out.stride, rows.stride *= S;
-          conv(j.bytes, rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
-               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, lanes, slots, table.data());
+          conv(j.bytes, Conv<E>{images, rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
+               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, padded, slots, table.data()});
         }
         if (j.want_weight) {
           if (last >= 0 && last != slots) reduce(last);
           last = slots;
           int64_t adds = (slots + period - 1) / period, step = std::max<int64_t>(7, 128 / adds / 7 * 7);
-          for (int64_t h = i0, rows; h < i1; h += rows) {
+          for (int64_t n = 0; n < images; n++, x.data += x.image, in.data += in.image) for (int64_t h = i0, rows; h < i1; h += rows) {
             rows = std::min(step, i1 - h);
             auto g = in;
             g.data += (h - i0) * in.stride;
             if (summed && (summed + rows) * adds > 128) flush_all();
-            correlate(j.bytes, sums, tap, g, rows, x, o1 - o0, S, h * S - pad - o0, D, K, period, slots, table.data());
+            correlate(j.bytes, Correlation<E>{sums, tap, g, rows, x, o1 - o0, S, h * S - pad - o0, D, K, period, slots, table.data()});
             summed += rows;
           }
         }
       };
-      auto in_place = [&](const View& v, auto* from, const Tile& t) {
-        return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v) + t.row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, lanes, v.step * v.px - lanes};
+      auto in_place = [&](const View& v, auto* from, int64_t row) {
+        return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v, n0) + row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, apart(v), padded, v.step * v.px - padded, lanes - vector};
       };
-      auto packed = [&](const View& v, const void* from, const Tile& t, R* buffer) {
-        if (from) pack(j.bytes, v, (const T*)from + image(v), t, Rows<R>{buffer, ns});
-        return Rows<const R>{buffer, ns};
+      auto packed = [&](const View& v, const void* from, auto tile, R* buffer, int64_t room) {
+        for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, ns});
+        return Rows<const R>{buffer, ns, room};
       };
       if constexpr (!std::is_same_v<T, Half>)  // whose conversion is long: once is enough
-        if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, tout), in_place(vi, (const T*)j.in, tin), in_place(vo, (const T*)j.x, tout), raw_weights);
+        if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, o0), in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), (T*)weights);
       if (!j.direct && nq > 0) {
-        compute(Rows<R>{buffer_out, ns}, packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x), weights);
-        if (j.out) unpack(j.bytes, vo, image_out, tout, Rows<R>{buffer_out, ns}, init);
+        compute(Rows<R>{buffer_out, ns, room_out}, packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out), weights);
+        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, (T*)j.out + image(vo, n0 + n), tout(n0 + n), Rows<R>{buffer_out + n * room_out, ns}, init);
       }
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
-        for (int64_t h = p.H_out * b / bands; h < p.H_out * (b + 1) / bands; h++) {
+        for (int64_t n = n0; n < n0 + images; n++) for (int64_t h = p.H_out * b / bands; h < p.H_out * (b + 1) / bands; h++) {
           if (h % 64 == 0) flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
           for (int64_t w = w0, m; w < w1; w += m) {
             m = std::min(j.nq, w1 - w);
-            pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad), Tile{h, 1, w, m, lanes, present}, Rows<R>{buffer_in, ns});
+            pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad, n), Tile{h, 1, w, m, lanes, present(n)}, Rows<R>{buffer_in, ns});
             for (int64_t s = 0; s < m * lanes; s++) bias_sums[s] += buffer_in[s];
           }
         }
@@ -618,11 +668,15 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace
-
-void float16_tasks(const void* job, int64_t begin, int64_t end);
-void bfloat16_tasks(const void* job, int64_t begin, int64_t end);
+void float64_tasks(const Job&, int64_t begin, int64_t end);
+void float16_tasks(const Job&, int64_t begin, int64_t end);
+void bfloat16_tasks(const Job&, int64_t begin, int64_t end);
+}  // namespace cpu
 // ---- end of what is compiled with each of the next three parts ----
+
+#include <torch/csrc/stable/c/shim.h>
+template void conv(int, const Conv<float>&);
+template void correlate(int, const Correlation<float>&);
 
 namespace {
 template <class F> void parallel(int64_t n, int64_t grain, const F& f) {  // torch's own threads: an OpenMP of ours would not be governed by torch
@@ -658,13 +712,16 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
   const int64_t at_once = j.bytes / element;
   j.direct = p.type != Type::f16 && !narrow && run >= at_once && (std::min(p.K, j.vin.rows) <= 12 || j.vin.row <= 512) &&
-             ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && j.lanes % at_once == 0 && p.C % at_once == 0));
+             ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && ((j.lanes % at_once == 0 && p.C % at_once == 0) || (j.forward && j.lanes == p.C))));
+  j.padded = j.direct && p.stride_w > 1 ? ceil_div(j.lanes, at_once) * at_once : j.lanes;
   if (j.direct && j.forward && p.stride_w > 1) j.nq = std::min(Q, 8 * wanted / j.lanes);
   j.slots = (j.nq * j.lanes + vector - 1) / vector * vector;
   j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
   j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
-  const int64_t units = j.images * j.bands * j.column_tiles;
+  j.together = j.bands * j.column_tiles > 1 ? 1 : clamp(budget / ((j.in_rows + j.band) * j.slots), 1, j.images);
+  j.sets = ceil_div(j.images, j.together);
+  const int64_t units = j.sets * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
   j.groups = clamp(total / blocks / std::max({budget, total / 256, 8 * (p.K + 1) * j.slots, (j.forward ? 0 : 32 * (p.K + 1) * j.lanes)}), 1, units);
   const int64_t count = blocks * j.groups;
@@ -672,7 +729,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   if (j.want_weight || j.want_bias) sums.resize(count * (p.K + 1) * j.lanes);
   j.sums = sums.data();
   parallel(count, std::max<int64_t>(1, budget / (total / count + 1)), [&](int64_t b, int64_t e) {
-    p.type == Type::f32 ? tasks<float>(j, b, e) : p.type == Type::f64 ? tasks<double>(j, b, e) : (p.type == Type::f16 ? float16_tasks : bfloat16_tasks)(&j, b, e);
+    (p.type == Type::f32 ? tasks<float> : p.type == Type::f64 ? float64_tasks : p.type == Type::f16 ? float16_tasks : bfloat16_tasks)(j, b, e);
   });
   if (sums.empty()) return;
   parallel(p.C, std::max<int64_t>(1, budget / (j.groups * (p.K + 1))), [&](int64_t b, int64_t e) {
@@ -725,12 +782,13 @@ void cpu_backward(const Problem& p, const void* grad_output, const void* x, cons
   j.p = p, j.in = grad_output, j.weight = weight, j.x = x, j.out = grad_input, j.want_weight = grad_weight, j.want_bias = grad_bias;
   run(j, grad_weight, grad_bias);
 }
-// ---- end of the CPU kernels for 32 and 64 bits ----
+// ---- end of the CPU kernels for float32 ----
 
-void float16_tasks(const void* job, int64_t begin, int64_t end) { tasks<Half>(*static_cast<const Job*>(job), begin, end); }
-// ---- end of the CPU kernels for float16 ----
+void cpu::float64_tasks(const Job& j, int64_t begin, int64_t end) { tasks<double>(j, begin, end); }
+void cpu::float16_tasks(const Job& j, int64_t begin, int64_t end) { tasks<Half>(j, begin, end); }
+// ---- end of the CPU kernels for float64 and float16 ----
 
-void bfloat16_tasks(const void* job, int64_t begin, int64_t end) { tasks<BFloat16>(*static_cast<const Job*>(job), begin, end); }
+void cpu::bfloat16_tasks(const Job& j, int64_t begin, int64_t end) { tasks<BFloat16>(j, begin, end); }
 // ---- end of the CPU kernels for bfloat16 ----
 
 #define AT_PER_OPERATOR_HEADERS  // a second less to compile
