@@ -354,8 +354,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       }
   }
 
-  // Output rows are taken 8 at a time and taps up to 7,
-  // both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all.
+  // Output rows are taken 8 at a time and taps up to 7, both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all.
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
   // Where columns of in have gaps, the processor foresees few rows at a time: GAPS takes half as many, of A times as many slots, and prefetches.
   template <bool GAPS, class E> static INLINE void conv(const Conv<E>& c) {
@@ -498,11 +497,11 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 #if defined(__x86_64__)
 template <class F> __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void avx512(const F& f) { f(Number<64>()); }
 template <class F> __attribute__((target("avx2,fma"))) void avx2(const F& f) { f(Number<32>()); }
-inline const int vector_bytes = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 64
+static const int vector_bytes = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 64
                        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 32 : 16;
 template <class F> void simd(int bytes, const F& f) { bytes == 64 ? avx512(f) : bytes == 32 ? avx2(f) : f(Number<16>()); }
 #else
-inline const int vector_bytes = 16;
+static const int vector_bytes = 16;
 template <class F> void simd(int, const F& f) { f(Number<16>()); }
 #endif
 #define SIMD(R, ...) simd(bytes, [&](auto number) __attribute__((always_inline)) { Vector<R, number.value>::__VA_ARGS__; })
