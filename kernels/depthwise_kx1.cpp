@@ -47,7 +47,7 @@ void cpu_backward(const Problem&, const void* grad_output, const void* x, const 
 #define INLINE __attribute__((always_inline)) inline
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only to what is inlined
 
-inline namespace cpu {
+inline namespace cpu {  // not an unnamed one: the three parts share instances
 struct Half { uint16_t bits; };
 struct BFloat16 { uint16_t bits; };
 template <class To, class From> INLINE To bit_cast(const From& from) { To to; static_assert(sizeof to == sizeof from); std::memcpy(&to, &from, sizeof to); return to; }
