@@ -902,10 +902,12 @@ def allocates_only_its_output(device):
 def threads_and_streams(device):
     """8 threads, each with a module of its own, on a GPU a stream, too, make many calls: all results are right."""
     def work(i):
-        case = Case(f"thread {i}", (2, 3 + i, 20 + i, 12 + i), 2 + i, 1 + i % 2, (i, 0), 1, True)
+        # half of them with more shared memory than a kernel has unasked
+        K, layout = (33 + i, "channels_last") if i % 2 else (2 + i, "contiguous")
+        case = Case(f"thread {i}", (2, 4 + 4 * i, 20 + i, 12 + i), K, 1 + i % 2, (K // 2, 0), 1, True)
         with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext():
             ours, _, exact = modules(case, device=device)
-            x = torch.randn(case.shape, device=device, requires_grad=True)
+            x = dense(layout)(case.shape, device=device).requires_grad_()
             grad_output, wrong = torch.randn_like(ours(x)), torch.zeros((), device=device)
             expected = run(exact, x.double(), grad_output).values()
             for _ in range(1000 if device == "cuda" else 100):

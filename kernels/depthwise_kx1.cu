@@ -1,12 +1,17 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <numeric>
 #include <optional>
 #include <type_traits>
 #include <utility>
+
+// Of a launch's sums of x * grad_output and of grad_output.
+struct Sums {
+  int first_tap, dots;
+  int64_t blocks;  // of a channel
+  bool repair;     // one that is NaN is to be made from the definition, at stride 1
+};
+const char* add_up(const Call&, const Sums&, const void* partial);
 
 namespace {
 
@@ -20,24 +25,43 @@ template <class T, int V> struct alignas(sizeof(T) * V) Packed { T at[V]; };
 template <int V, class T> __device__ Packed<T, V> load(const T* p) { return *reinterpret_cast<const Packed<T, V>*>(p); }
 template <int V, class T> __device__ void store(T* p, const Packed<T, V>& v) { *reinterpret_cast<Packed<T, V>*>(p) = v; }
 
-template <class T> __device__ Sum<T> widen(T v) { return v; }
-__device__ float widen(__half v) { return __half2float(v); }
-__device__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-template <class T> __device__ T narrow(Sum<T> v) {
-  if constexpr (std::is_same_v<T, __half>) return __low2half(__floats2half2_rn(v, v));
-  else if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(v);
+// 16-bit numbers are converted in pairs.
+struct f16 { uint16_t bits; };
+struct bf16 { uint16_t bits; };
+template <class T> __device__ float2 widen_pair(uint32_t word) {
+  float2 to;
+  if constexpr (std::is_same_v<T, f16>)
+    asm("{.reg .b16 x, y; mov.b32 {x, y}, %2; cvt.f32.f16 %0, x; cvt.f32.f16 %1, y;}" : "=f"(to.x), "=f"(to.y) : "r"(word));
+  else to = {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000)};
+  return to;
+}
+template <class T> __device__ uint32_t narrow_pair(float x, float y) {
+  uint32_t word;
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, f16>) asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(word) : "f"(x), "f"(y));
+  else asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(word) : "f"(x), "f"(y));
+#else
+  const auto round = [](float v) { return isnan(v) ? 0x7fff : (__float_as_uint(v) + 0x7fff + (__float_as_uint(v) >> 16 & 1)) >> 16; };
+  if constexpr (std::is_same_v<T, f16>)
+    asm("{.reg .b16 x, y; cvt.rn.f16.f32 x, %1; cvt.rn.f16.f32 y, %2; mov.b32 %0, {x, y};}" : "=r"(word) : "f"(x), "f"(y));
+  else word = round(x) | round(y) << 16;
+#endif
+  return word;
+}
+template <class T> __device__ Sum<T> widen(T v) {
+  if constexpr (sizeof(T) == 2) return widen_pair<T>(v.bits).x;
   else return v;
 }
-// 16-bit numbers are converted in pairs where there are pairs.
+template <class T> __device__ T narrow(Sum<T> v) {
+  if constexpr (sizeof(T) == 2) return {uint16_t(narrow_pair<T>(v, 0))};
+  else return v;
+}
 template <int V, class T> __device__ void unpack(Sum<T> (&to)[V], const Packed<T, V>& from) {
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    if constexpr (V % 2 == 0 && std::is_same_v<T, __half>) {
-      const float2 both = __half22float2(reinterpret_cast<const __half2*>(from.at)[v / 2]);
+    if constexpr (V % 2 == 0 && sizeof(T) == 2) {
+      const float2 both = widen_pair<T>(reinterpret_cast<const uint32_t*>(from.at)[v / 2]);
       to[v] = v % 2 ? both.y : both.x;
-    } else if constexpr (V % 2 == 0 && std::is_same_v<T, __nv_bfloat16>) {
-      const uint32_t both = reinterpret_cast<const uint32_t*>(from.at)[v / 2];
-      to[v] = __uint_as_float(v % 2 ? both & 0xffff0000 : both << 16);
     } else to[v] = widen(from.at[v]);
   }
 }
@@ -45,8 +69,7 @@ template <class T, int V> __device__ Packed<T, V> pack(const Sum<T> (&from)[V]) 
   Packed<T, V> to;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    if constexpr (V % 2 == 0 && std::is_same_v<T, __half>) reinterpret_cast<__half2*>(to.at)[v / 2] = __floats2half2_rn(from[v / 2 * 2], from[v / 2 * 2 + 1]);
-    else if constexpr (V % 2 == 0 && std::is_same_v<T, __nv_bfloat16>) reinterpret_cast<__nv_bfloat162*>(to.at)[v / 2] = __floats2bfloat162_rn(from[v / 2 * 2], from[v / 2 * 2 + 1]);
+    if constexpr (V % 2 == 0 && sizeof(T) == 2) reinterpret_cast<uint32_t*>(to.at)[v / 2] = narrow_pair<T>(from[v / 2 * 2], from[v / 2 * 2 + 1]);
     else to.at[v] = narrow<T>(from[v]);
   }
   return to;
@@ -476,7 +499,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
 // d += a b for fragments of 16 x 16 and 16 x 8 numbers.
 template <class T> __device__ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, __half>)
+  if constexpr (std::is_same_v<T, f16>)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   else
@@ -489,7 +512,7 @@ template <class T> __device__ void multiply_add(float (&d)[4], uint32_t a0, uint
 template <class T> __device__ uint32_t max_nan(uint32_t a, uint32_t b) {
 #if __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<T, float>) asm("max.NaN.f32 %0, %0, %1;" : "+r"(a) : "r"(b));
-  else if constexpr (std::is_same_v<T, __half>) asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  else if constexpr (std::is_same_v<T, f16>) asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
   else asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
 #endif
   return a;
@@ -558,7 +581,7 @@ __device__ int next_steps(const Toeplitz& a, int& unit) {  // of the next unit t
 // 2019). Tensor cores cut sums off instead of rounding them: each tile's products are summed apart, the smallest first, and rounded
 // as they are added to the others. (Numbers below 2^-110 lose bits: the last part is below the range.) Strips have half the columns,
 // and rows are always aligned.
-template <class T> using Factor = std::conditional_t<std::is_same_v<T, float>, __nv_bfloat16, T>;
+template <class T> using Factor = std::conditional_t<std::is_same_v<T, float>, bf16, T>;
 template <class T> constexpr int parts = std::is_same_v<T, float> ? 3 : 1;
 
 // d += a b for N fragments b; a and b by parts, and by halves: of rows or columns, then of what is summed over.
@@ -584,8 +607,7 @@ __device__ Parts to_parts(float v, float w) {
   Parts to;
 #pragma unroll
   for (int p = 0; p < 3; ++p) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(v, w);
-    to.at[p] = reinterpret_cast<const uint32_t&>(pair);
+    to.at[p] = narrow_pair<bf16>(v, w);
     v -= __uint_as_float(to.at[p] << 16), w -= __uint_as_float(to.at[p] & 0xffff0000);
   }
   return to;
@@ -718,11 +740,12 @@ __device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weigh
     owned<T>(a, to_head(to), first_column, lo, hi);
     if (i % strip<T> < lo || i % strip<T> >= hi) continue;
     float sum = bias;
-    if (in_column >= 0 && in_column < a.in_width)
-      for (int k = 0; k < a.K; ++k) {
-        const int in_row = row + a.row_shift + k * d;
-        if (in_row >= 0 && in_row < a.in_rows) sum += widen(weight[a.reversed ? a.K - 1 - k : k]) * widen(in[int64_t(in_row) * a.in_width + in_column]);
-      }
+#pragma unroll 1
+    for (int k = 0; k < a.K; ++k) {
+      const int in_row = row + a.row_shift + k * d;
+      if (in_column >= 0 && in_column < a.in_width && in_row >= 0 && in_row < a.in_rows)
+        sum += widen(weight[a.reversed ? a.K - 1 - k : k]) * widen(in[int64_t(in_row) * a.in_width + in_column]);
+    }
     to[i % strip<T>] = narrow<T>(sum);
   }
 }
@@ -895,7 +918,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       for (int u = 1; u < tiles; ++u) next_block(), meet.template operator()<true, true>(u);
       next_block(), meet.template operator()<false, true>(tiles);
       if (Gradient && a.has_bias_sum) {  // a block counts where tap 0 meets it, or in the last step
-        constexpr uint32_t ones = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
+        constexpr uint32_t ones = std::is_same_v<T, f16> ? 0x3c003c00 : 0x3f803f80;
         const int count = (s + 1) * step >= of.rows ? tiles : 1;
         block = first_block;
 #pragma unroll 1
@@ -1020,7 +1043,7 @@ __device__ void load_pairs(uint32_t (&to)[8], const unsigned char* first, const 
 // d += a b for fragments of 16 x 8 and 8 x 8 numbers.
 template <class T> __device__ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
 #if __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, __half>)
+  if constexpr (std::is_same_v<T, f16>)
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
   else
@@ -1173,7 +1196,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
         };
         if (Gradient && a.has_bias_sum) {  // a block counts where tap 0 meets it, or in the last step
           const int count = (s + 1) * step >= band(a, own_unit, 0).rows ? tiles : 1;
-          constexpr uint32_t ones = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
+          constexpr uint32_t ones = std::is_same_v<T, f16> ? 0x3c003c00 : 0x3f803f80;
 #pragma unroll 1
           for (int u = 0; u <= count; ++u) {
             uint32_t b[2][8];
@@ -1230,7 +1253,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
             *reinterpret_cast<uint4*>(to) = v;
             nan = max_nan<T>(max_nan<T>(nan, max_nan<T>(v.x, v.y)), max_nan<T>(v.z, v.w));
           }
-        constexpr uint32_t infinity = std::is_same_v<T, __half> ? 0x7c00 : 0x7f80;
+        constexpr uint32_t infinity = std::is_same_v<T, f16> ? 0x7c00 : 0x7f80;
         if ((nan & 0x7fff) > infinity || (nan >> 16 & 0x7fff) > infinity) {
           const Band of = band(a, own_unit, copied_side);
 #pragma unroll 1
@@ -1643,47 +1666,12 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
 #endif
 }
 
-// Of a launch's sums of x * grad_output and of grad_output.
-struct Sums {
-  int first_tap, dots;
-  int64_t blocks;  // of a channel
-  bool repair;     // one that is NaN is to be made from the definition, at stride 1
-};
-
-// Adds up the blocks' sums in fixed order, a warp for each weight and bias. `partial` is not __restrict__: blocks may still write it when this starts.
-template <class T>
-__global__ void __launch_bounds__(256, 4) reduce(const __grid_constant__ Problem p, const __grid_constant__ Sums s, const Sum<T>* partial,
-                       const T* __restrict__ grad_output, const T* __restrict__ x, T* __restrict__ grad_weight, T* __restrict__ grad_bias) {
-  const int lane = threadIdx.x % 32;
-  const int64_t c = blockIdx.x;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-  for (int i = threadIdx.x / 32; i <= s.dots; i += blockDim.x / 32) {
-    const int k = s.first_tap + i;
-    Sum<T> sum = 0;
-    const auto add_lanes = [&] { for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o); };
-#pragma unroll 4
-    for (int64_t n = lane; n < s.blocks; n += 32) sum += partial[(c * (s.dots + 1) + i) * s.blocks + n];
-    add_lanes();
-    if (s.repair && i < s.dots && isnan(sum)) {
-      sum = 0;
-      for (int64_t n = 0; n < p.N; ++n)
-        for (int64_t h = 0; h < p.H_out; ++h) {
-          const int64_t row = h - p.padding_h + k * p.dilation;
-          const auto place = [&](int64_t H, int64_t W, int64_t h, int64_t w) { return p.channels_last ? ((n * H + h) * W + w) * p.C + c : ((n * p.C + c) * H + h) * W + w; };
-          if (row < 0 || row >= p.H) continue;
-          for (int64_t w = lane; w < p.W; w += 32)
-            sum += widen(grad_output[place(p.H_out, p.W_out, h, w + p.padding_w)]) * widen(x[place(p.H, p.W, row, w)]);
-        }
-      add_lanes();
-    }
-    if (lane == 0 && i < s.dots && grad_weight) grad_weight[c * p.K + k] = narrow<T>(sum);
-    if (lane == 0 && i == s.dots && grad_bias) grad_bias[c] = narrow<T>(sum);
-  }
-}
-
 // ---- Host ----
+// Instead of <algorithm>, which takes longer to compile than some kernels, as would cuda_fp16.h and cuda_bf16.h.
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+template <class... Numbers> bool all_below(int64_t limit, Numbers... numbers) { return (... && (numbers < limit)); }
+
 struct Device { int multiprocessors, shared_bytes, shared_per_multiprocessor, capability; };
 const Device& current_device() {  // asked of the driver once: it takes microseconds to answer
   static const Device* const devices = [] {
@@ -1693,6 +1681,7 @@ const Device& current_device() {  // asked of the driver once: it takes microsec
     for (int i = 0; i < count; ++i) {
       cudaDeviceGetAttribute(&all[i].multiprocessors, cudaDevAttrMultiProcessorCount, i);
       cudaDeviceGetAttribute(&all[i].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, i);
+      all[i].shared_bytes -= 1 << 10;  // kernels declare some themselves
       cudaDeviceGetAttribute(&all[i].shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, i);
       cudaDeviceGetAttribute(&all[i].capability, cudaDevAttrComputeCapabilityMajor, i);
     }
@@ -1706,9 +1695,9 @@ const Device& current_device() {  // asked of the driver once: it takes microsec
 // Blocks for each of `slices`, to which its `tiles` are dealt: so many that whole waves of blocks that run at once take the fewest
 // tiles one after the other; to begin and end a block takes as long as `extra` tiles.
 int deal(int64_t slices, int64_t tiles, int64_t blocks_per_multiprocessor, int64_t extra) {
-  const int64_t at_once = std::max<int64_t>(blocks_per_multiprocessor, 1) * current_device().multiprocessors;
+  const int64_t at_once = larger(blocks_per_multiprocessor, 1) * current_device().multiprocessors;
   int best = 1;
-  for (int64_t splits = 1, least = INT64_MAX; splits <= std::min(tiles, ceil_div(8 * at_once, slices)); ++splits) {
+  for (int64_t splits = 1, least = INT64_MAX; splits <= smaller(tiles, ceil_div(8 * at_once, slices)); ++splits) {
     const int64_t cost = ceil_div(slices * splits, at_once) * (ceil_div(tiles, splits) + extra);
     if (cost < least) least = cost, best = splits;
   }
@@ -1761,20 +1750,21 @@ template <class T, class A> Sum<T>* make_room(const Plan<A>& plan, const Call& c
   return c.grad_weight || c.grad_bias ? static_cast<Sum<T>*>(c.scratch(c.p.C * (plan.sums.dots + 1) * plan.sums.blocks * sizeof(Sum<T>), c.context)) : nullptr;
 }
 
+// Leave for more than the 48 KB of shared memory that need none, with what kernels declare: for all there is, as other threads' launches
+// stand on it, and before the driver is asked how many blocks are resident, for without it that is none.
+template <class Kernel> const char* allow(Kernel* kernel, size_t shared) {
+  return shared <= 47 << 10 ? nullptr : check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, current_device().shared_bytes));
+}
+
 // Launches the kernel; adds up the blocks' sums, if there are.
 template <class T, class A>
 const char* run(void (*kernel)(A, const T*, const T*, const T*, const T*, T*, Sum<T>*), const Plan<A>& plan, const Call& c, Sum<T>* partial) {
   const auto in = static_cast<const T*>(c.in), x = static_cast<const T*>(c.x);
   const auto stream = static_cast<cudaStream_t>(c.stream);
-  if (plan.shared > 47 << 10)  // with what kernels declare, more than the 48 KB that need no leave
-    if (const char* error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)))) return error;
+  if (const char* error = allow(kernel, plan.shared)) return error;
   kernel<<<plan.blocks, plan.threads, plan.shared, stream>>>(plan.a, in, x, static_cast<const T*>(c.weight), static_cast<const T*>(c.bias), static_cast<T*>(c.out), partial);
   if (const char* error = check(cudaGetLastError()); error || !partial) return error;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = c.p.C, config.blockDim = 256, config.stream = stream, config.attrs = &early, config.numAttrs = current_device().capability >= 9;
-  return check(cudaLaunchKernelEx(&config, reduce<T>, c.p, plan.sums, static_cast<const Sum<T>*>(partial), in, x, static_cast<T*>(c.grad_weight), static_cast<T*>(c.grad_bias)));
+  return add_up(c, plan.sums, partial);
 }
 
 template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<Walk> walk_plan(const Call& c) {
@@ -1785,17 +1775,17 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<W
   int64_t row_end = a.out_rows;
   a.pixel_end = a.out_width;
   if (a.has_bias_sum) {  // all rows that grad_output meets by tap 0
-    a.row_begin = -p.padding_h, row_end = std::max<int64_t>(p.H, (p.H_out - 1) * s - p.padding_h + 1);
-    a.pixel_begin = -p.padding_w, a.pixel_end = std::max(p.W, (p.W_out - 1) * p.stride_w - p.padding_w + 1);
+    a.row_begin = -p.padding_h, row_end = larger(p.H, (p.H_out - 1) * s - p.padding_h + 1);
+    a.pixel_begin = -p.padding_w, a.pixel_end = larger(p.W, (p.W_out - 1) * p.stride_w - p.padding_w + 1);
   }
   a.pixel = ChannelsLast ? p.C : 1, a.channels = p.C;
   const int64_t in_step = Gradient ? d / g : s * d / g, out_step = Gradient ? s * d / g : d / g;
   a.in_step = in_step, a.out_step = out_step, a.taps_step = s / g;
   const int64_t rows = row_end - a.row_begin, pixels = a.pixel_end - a.pixel_begin, vectors = pixels * a.pixel.divisor / V, planes = ChannelsLast ? p.N : p.N * p.C;
-  const int64_t groups_per_residue = ceil_div(ceil_div(rows, out_step), R), groups = std::min(out_step, rows) * groups_per_residue;
+  const int64_t groups_per_residue = ceil_div(ceil_div(rows, out_step), R), groups = smaller(out_step, rows) * groups_per_residue;
   a.plane_step = Gradient && !ChannelsLast ? p.C : 1;
-  const int64_t lines = planes / a.plane_step * groups, widest = std::max(p.W, p.W_out) * a.pixel.divisor;
-  plan.applies = std::max({lines, p.H + 2 * p.padding_h, planes, widest}) < 1 << 30 && widest * std::max(in_step, out_step) * (R + 8) < 1ll << 32;
+  const int64_t lines = planes / a.plane_step * groups, widest = larger(p.W, p.W_out) * a.pixel.divisor;
+  plan.applies = all_below(1 << 30, lines, p.H + 2 * p.padding_h, planes, widest) && widest * larger(in_step, out_step) * (R + 8) < 1ll << 32;
   if (!plan.applies) return plan;
   a.groups_per_residue = groups_per_residue, a.groups = groups, a.lines = lines;
 
@@ -1806,8 +1796,8 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<W
   const size_t weights = staged ? round_up(p.K * sizeof(T) * V << a.log2_tx, 16) : 0;
   const size_t sums = Gradient ? sizeof(Sum<T>) * (ChannelsLast ? V : 1) : 0;  // bytes for each thread and tap
   plan.threads = ChannelsLast ? 256 : 128, a.dot_end = a.has_dots ? p.K : 0;
-  while (Gradient && plan.threads > std::max(32, 1 << a.log2_tx) && weights + sums * plan.threads * (a.dot_end + 1) > most / 3) plan.threads /= 2;
-  if (Gradient) a.dot_end = std::min<int64_t>(a.dot_end, (most - weights) / (sums * plan.threads) - 1);
+  while (Gradient && plan.threads > larger(32, 1 << a.log2_tx) && weights + sums * plan.threads * (a.dot_end + 1) > most / 3) plan.threads /= 2;
+  if (Gradient) a.dot_end = smaller(a.dot_end, (most - weights) / (sums * plan.threads) - 1);
   plan.shared = weights + sums * plan.threads * (a.dot_end + 1);
 
   const int64_t column_tiles = ceil_div(vectors, 1 << a.log2_tx), slices = column_tiles * a.plane_step, tiles = ceil_div(lines, plan.threads >> a.log2_tx);
@@ -1815,6 +1805,7 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<W
   if (!ChannelsLast && !Gradient) a.splits = ceil_div(tiles, ceil_div(tiles * slices, 128 * current_device().multiprocessors));  // these blocks cost nothing
   else {
     int resident = 1;
+    allow(walk<T, V, R, M, ChannelsLast, Gradient>, plan.shared);
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, walk<T, V, R, M, ChannelsLast, Gradient>, plan.threads, plan.shared);
     a.splits = deal(slices, tiles, resident, Gradient ? 4 : 0);
   }
@@ -1839,7 +1830,7 @@ template <class T, int V, int M, bool ChannelsLast, bool Gradient> Outcome walk_
   Sum<T>* const partial = make_room<T>(plan, c);
   const int dots = a.has_dots ? a.K : 0, at_once = a.dot_end;
   do {
-    a.dot_end = std::min(dots, a.dot_begin + at_once), plan.sums.first_tap = a.dot_begin, plan.sums.dots = a.dot_end - a.dot_begin;
+    a.dot_end = smaller(dots, a.dot_begin + at_once), plan.sums.first_tap = a.dot_begin, plan.sums.dots = a.dot_end - a.dot_begin;
     if (const char* error = run<T>(walk<T, V, R, M, ChannelsLast, Gradient>, plan, c, partial)) return error;
     a.has_bias_sum = false, c.out = nullptr, c.grad_bias = nullptr, a.dot_begin += at_once;
   } while (a.dot_begin < dots);
@@ -1859,28 +1850,28 @@ template <class T, int V, int M, bool Gradient> Plan<March> march_plan(const Cal
   Plan<March> plan{{make_pass(c)}};
   March& a = plan.a;
   const int64_t walked = a.has_bias_sum ? p.W_out : a.out_width, tiles = ceil_div(walked * p.C, march_threads * V);
-  const int64_t longest = ceil_div(a.out_rows, p.dilation), residues = std::min<int64_t>(p.dilation, a.out_rows), planes = p.N * residues;
+  const int64_t longest = ceil_div(a.out_rows, p.dilation), residues = smaller(p.dilation, a.out_rows), planes = p.N * residues;
   // 32-bit indices
-  plan.applies = alignment(c) >= V * sizeof(T) && std::max({p.N * a.out_rows * tiles, (tiles + 1) * march_threads * V, p.C * p.K, p.H + 2 * p.padding_h + (p.K + 32) * p.dilation}) < 1 << 30 &&
+  plan.applies = p.K <= M && c.transposed == Gradient && alignment(c) >= V * sizeof(T) && all_below(1 << 30, p.N * a.out_rows * tiles, (tiles + 1) * march_threads * V, p.C * p.K, p.H + 2 * p.padding_h + (p.K + 32) * p.dilation) &&
                  sees_grad_output(a) && 2 * walked * p.C >= tiles * march_threads * V;
   if (!plan.applies) return plan;
   a.column_begin = a.has_bias_sum ? -p.padding_w * p.C : 0, a.columns = walked * p.C, a.in_shift = a.column_shift * p.C;
   a.channels = p.C, a.tiles = tiles, a.dilation = p.dilation, a.residues = residues, a.planes = planes;
   plan.threads = march_threads;
-  plan.shared = march_threads * V * std::max<size_t>(sizeof(T) * (Gradient ? 2 : 1) * march_slots<M>, Gradient ? sizeof(float) * (p.K + 1) : 0);
+  plan.shared = march_threads * V * larger(sizeof(T) * (Gradient ? 2 : 1) * march_slots<M>, Gradient ? sizeof(float) * (p.K + 1) : 0);
 
   // As few bands as keep 8 warps of a multiprocessor busy: rows where they meet are read twice. Costs are in rows.
   const Device& device = current_device();
-  const int64_t resident = std::min<int64_t>(march_blocks(M, V, Gradient), device.shared_per_multiprocessor / (plan.shared + 1024)), least = std::min<int64_t>(resident, M > 11 ? resident : 2);
-  const double ending = Gradient ? 4 + 5. * (p.K + 1) / sizeof(T) * std::min(1., double(p.C) / (march_threads * V)) : 0;  // writes the sums
+  const int64_t resident = smaller(march_blocks(M, V, Gradient), device.shared_per_multiprocessor / (plan.shared + 1024)), least = smaller(resident, M > 11 ? resident : 2);
+  const double ending = Gradient ? 4 + 5. * (p.K + 1) / sizeof(T) * fmin(1., double(p.C) / (march_threads * V)) : 0;  // writes the sums
   double best = 1e30;
-  for (int64_t bands = 1; bands <= std::min<int64_t>(longest, 64); ++bands) {
+  for (int64_t bands = 1; bands <= smaller(longest, 64); ++bands) {
     const int64_t band_rows = ceil_div(longest, bands);
     if (ceil_div(longest, band_rows) < bands) continue;
     for (int64_t waves = 1; waves <= 8; ++waves) {
-      const int64_t repeats = !Gradient ? 1 : ceil_div(planes, std::clamp<int64_t>(resident * device.multiprocessors * waves / (tiles * bands), 1, planes)), splits = ceil_div(planes, repeats);
+      const int64_t repeats = !Gradient ? 1 : ceil_div(planes, larger(smaller(resident * device.multiprocessors * waves / (tiles * bands), planes), 1)), splits = ceil_div(planes, repeats);
       const int64_t each = ceil_div(tiles * bands * splits, device.multiprocessors), rest = each % resident;
-      const double cost = (each - rest + (rest ? std::max(rest, least) : 0)) * (repeats * (band_rows + .3 * (p.K - 1) + 3) + ending);
+      const double cost = (each - rest + (rest ? larger(rest, least) : 0)) * (repeats * (band_rows + .3 * (p.K - 1) + 3) + ending);
       if (cost < best) best = cost, a.bands = bands, a.band_rows = band_rows, a.splits = splits, plan.blocks = tiles * bands * splits, a.blocks = bands * splits;
     }
   }
@@ -1919,7 +1910,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   const int size = size_of(p.type), strip = last ? pixels : strip_bytes / size, overlap = last ? 0 : ::overlap;
   // 32-bit indices of strips, columns and rows
   plan.applies = (aligned || (!last && size == 2)) &&
-                 std::max({p.C * p.N * ceil_div(p.W_out, strip - overlap), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation}) < 1 << 28 && sees_grad_output(a);
+                 all_below(1 << 28, p.C * p.N * ceil_div(p.W_out, strip - overlap), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation) && sees_grad_output(a);
   if (!plan.applies) return plan;
   a.tiles = (p.K + 14) / 16 + 1, a.dilation = p.dilation;
   a.in_row = a.in_columns * p.dilation, a.out_row = a.out_columns * p.dilation;
@@ -1935,7 +1926,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   a.advance = multiples(16, c.out, a.column_begin, a.out_width) ? strip : strip - overlap;
   const int64_t strips = columns <= strip ? 1 : ceil_div(columns - (strip - a.advance), a.advance);
   a.last_column = a.column_begin + (strips - 1) * a.advance;
-  const int64_t lines = p.N * strips, residues = std::min<int64_t>(p.dilation, a.out_rows);
+  const int64_t lines = p.N * strips, residues = smaller(p.dilation, a.out_rows);
   a.strips = strips, a.lines = lines, a.residues = residues;
 
   // Shared memory of a block and of each warp, warps of a strip, and those that registers have room for on a multiprocessor.
@@ -1954,7 +1945,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
     table = (size == 4 ? 3 : 1) * 4 * (16 * a.tiles + 16), room = resident_blocks(gradient, aligned, size) * 4;
   }
   const auto shared = [&](int warps) { return table + warps * a.warp_bytes; };
-  const auto resident = [&](int warps) { return std::min<int64_t>(room / (warps * roles), device.shared_per_multiprocessor / (shared(warps) + 1024)); };
+  const auto resident = [&](int warps) { return smaller(room / (warps * roles), device.shared_per_multiprocessor / (shared(warps) + 1024)); };
   // As many busy strips as registers and shared memory have room for; preferably 4 side by side, which read 512 bytes of a row (64 of a pixel
   // if channels_last).
   const int64_t channels = last ? p.C / 8 : p.C;  // of which a strip has one
@@ -1973,10 +1964,10 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   const int64_t least = gradient || last ? 1 : aligned ? 2 : 8, blocks = device.multiprocessors * resident(warps);
   const int64_t steps = ceil_div(ceil_div(a.out_rows, p.dilation), step), sides = ceil_div(lines, a.side);
   int64_t best = INT64_MAX;
-  for (int64_t bands = 1; bands <= std::min<int64_t>(steps, 64); ++bands) {
+  for (int64_t bands = 1; bands <= smaller(steps, 64); ++bands) {
     const int64_t band_steps = ceil_div(steps, bands), units = sides * residues * ceil_div(steps, band_steps);
     for (int64_t waves = least; waves <= 4 * least; ++waves) {
-      const int64_t splits = std::clamp<int64_t>(blocks * waves / a.sets, 1, units), each = ceil_div(units, splits);
+      const int64_t splits = larger(smaller(blocks * waves / a.sets, units), 1), each = ceil_div(units, splits);
       const int64_t cost = ceil_div(a.sets * splits, blocks) * (each * (4 * band_steps + (bands > 1 ? 2 : 1) * (a.tiles / 2)) + 4);
       if (cost < best) best = cost, a.bands = ceil_div(steps, band_steps), a.band_steps = band_steps, a.units = units, a.splits = ceil_div(units, each);
     }
@@ -2007,33 +1998,33 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   Plan<Bulk> plan{{make_pass(c)}};
   Bulk& a = plan.a;
   const Device& device = current_device();
-  plan.applies = p.K <= 64 && p.padding_h < p.K && std::max({p.H_out * p.W_out, p.H * p.W, p.N * p.C}) < 1 << 28 &&
+  plan.applies = c.transposed == Gradient && p.K <= 64 && p.padding_h < p.K && all_below(1 << 28, p.H_out * p.W_out, p.H * p.W, p.N * p.C) &&
                  (!c.x || !c.out || (reinterpret_cast<uintptr_t>(c.x) - reinterpret_cast<uintptr_t>(c.out)) % 16 == 0);
   if (!plan.applies) return plan;
   a.step = p.stride_h, a.stride_w = p.stride_w;
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane;
   const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T), 16) + 16; };
-  const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + std::min<int64_t>(Gradient ? ceil_div(rows + p.K - 1, p.stride_h) + (Strided ? 1 : 0) : (rows - 1) * p.stride_h + p.K, a.in_rows) * a.in_width); };
+  const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + smaller(Gradient ? ceil_div(rows + p.K - 1, p.stride_h) + (Strided ? 1 : 0) : (rows - 1) * p.stride_h + p.K, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
   // As many rows or planes as leave room for the blocks that registers have room for.
-  const int64_t sums = Gradient && M ? sizeof(float) * bulk_threads * std::max<int64_t>(p.K - (Strided ? 0 : M), 0) : 0;  // of taps beyond registers
+  const int64_t sums = Gradient && M ? sizeof(float) * bulk_threads * larger(p.K - (Strided ? 0 : M), 0) : 0;  // of taps beyond registers
   const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(Gradient) - 2048 - sums) / bulk_slots;
   const int64_t out_step = Gradient ? p.stride_h : 1;
   int64_t band_rows = a.out_rows, planes = 1;
   for (int64_t bands = 2; slot_bytes(1, band_rows) > room && band_rows > R * out_step; ++bands) band_rows = round_up(ceil_div(a.out_rows, bands), R * out_step);
-  const int64_t columns = Strided && Gradient ? std::max<int64_t>(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : a.out_width;
+  const int64_t columns = Strided && Gradient ? larger(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : a.out_width;
   a.columns = columns, a.items = ceil_div(band_rows, R * out_step) * out_step * columns;
   if (band_rows >= a.out_rows)
-    while (2 * planes <= std::min<int64_t>(p.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= room) planes *= 2;
-  band_rows = std::min<int64_t>(band_rows, a.out_rows);
+    while (2 * planes <= smaller(p.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= room) planes *= 2;
+  band_rows = smaller(band_rows, a.out_rows);
   const int64_t bands = ceil_div(a.out_rows, band_rows), slices = ceil_div(p.C, planes);
   a.planes = planes, a.band_rows = band_rows, a.bands = bands, a.chunks = p.N * bands, a.slices = slices;
   while (planes << a.log2_tx < bulk_threads) ++a.log2_tx;
   a.sums_at = round_up(sizeof(float) * planes * p.K, 16);
   a.slots_at = a.sums_at + sums;
   a.out_at = in_bytes(planes, band_rows), a.slot_bytes = slot_bytes(planes, band_rows);
-  plan.shared = a.slots_at + std::max<int64_t>(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
-  const int64_t blocks = std::min<int64_t>(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
+  plan.shared = a.slots_at + larger(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
+  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
   if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
   a.splits = deal(slices, a.chunks, blocks, 2);
   plan.blocks = slices * a.splits, plan.threads = bulk_threads;
@@ -2050,9 +2041,12 @@ template <class T, int R, int M, bool Gradient, bool Strided> Outcome bulk_by(co
 template <class T> Outcome launch_bulk(const Call& c) {
   const Problem& p = c.p;
   const auto by = [&]<int R, int M, bool Strided> { return (c.transposed ? bulk_by<T, R, M, true, Strided> : bulk_by<T, R, M, false, Strided>)(c); };
-  if (p.stride_h > 1 || p.stride_w > 1) return by.template operator()<8, 2, true>();
+  if (p.stride_h > 1 || p.stride_w > 1) {
+    if constexpr (sizeof(T) == 4) return bulk_by<T, 8, 2, true, true>(c);
+    return by.template operator()<8, 2, true>();
+  }
   if (p.K <= 3) return by.template operator()<8, 3, false>();
-  return std::max(p.H, p.H_out) <= 7 ? by.template operator()<7, 0, false>() : by.template operator()<8, 7, false>();
+  return larger(p.H, p.H_out) <= 7 ? by.template operator()<7, 0, false>() : by.template operator()<8, 7, false>();
 }
 }  // namespace
 
@@ -2061,6 +2055,56 @@ using Attempt = Outcome(const Call&);
 Attempt march_f32, march_f16, march_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
     walk_3_f32, walk_3_f16, walk_3_bf16, walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
 // ---- end of what is compiled with each of the following parts, side by side ----
+
+namespace {
+// Adds up the blocks' sums in fixed order, a warp for each weight and bias. `partial` is not __restrict__: blocks may still write it when this starts.
+template <class T>
+__global__ void __launch_bounds__(256, 4) reduce(const __grid_constant__ Problem p, const __grid_constant__ Sums s, const Sum<T>* partial,
+                       const T* __restrict__ grad_output, const T* __restrict__ x, T* __restrict__ grad_weight, T* __restrict__ grad_bias) {
+  const int lane = threadIdx.x % 32;
+  const int64_t c = blockIdx.x;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  for (int i = threadIdx.x / 32; i <= s.dots; i += blockDim.x / 32) {
+    const int k = s.first_tap + i;
+    double sum = 0;
+    const auto add_lanes = [&] { for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o); };
+#pragma unroll 4
+    for (int64_t n = lane; n < s.blocks; n += 32) sum += partial[(c * (s.dots + 1) + i) * s.blocks + n];
+    add_lanes();
+    if (s.repair && i < s.dots && isnan(sum)) {
+      sum = 0;
+      for (int64_t n = 0; n < p.N; ++n)
+        for (int64_t h = 0; h < p.H_out; ++h) {
+          const int64_t row = h - p.padding_h + k * p.dilation;
+          const auto place = [&](int64_t H, int64_t W, int64_t h, int64_t w) { return p.channels_last ? ((n * H + h) * W + w) * p.C + c : ((n * p.C + c) * H + h) * W + w; };
+          if (row < 0 || row >= p.H) continue;
+          for (int64_t w = lane; w < p.W; w += 32)
+            sum += widen(grad_output[place(p.H_out, p.W_out, h, w + p.padding_w)]) * widen(x[place(p.H, p.W, row, w)]);
+        }
+      add_lanes();
+    }
+    if (lane == 0 && i < s.dots && grad_weight) grad_weight[c * p.K + k] = narrow<T>(sum);
+    if (lane == 0 && i == s.dots && grad_bias) grad_bias[c] = narrow<T>(sum);
+  }
+}
+
+template <class T> const char* reduce_by(const Call& c, const Sums& s, const void* partial) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = c.p.C, config.blockDim = 256, config.stream = static_cast<cudaStream_t>(c.stream);
+  config.attrs = &early, config.numAttrs = current_device().capability >= 9;
+  return check(cudaLaunchKernelEx(&config, reduce<T>, c.p, s, static_cast<const Sum<T>*>(partial), static_cast<const T*>(c.in), static_cast<const T*>(c.x),
+                                  static_cast<T*>(c.grad_weight), static_cast<T*>(c.grad_bias)));
+}
+}  // namespace
+
+const char* add_up(const Call& c, const Sums& s, const void* partial) {
+  const Type type = c.p.type;
+  return (type == Type::f64 ? reduce_by<double> : type == Type::f32 ? reduce_by<float> : type == Type::f16 ? reduce_by<f16> : reduce_by<bf16>)(c, s, partial);
+}
 
 // The choice of kernel: the first row that holds and whose kernel can. Where each pays is by measurement, on an H100.
 const char* launch(const Call& c) {
@@ -2099,29 +2143,29 @@ const char* launch(const Call& c) {
 Outcome walk_f64(const Call& c) { return launch_walk<double, 1, 7>(c); }
 Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
 // ---- end of a part ----
-Outcome bulk_f16(const Call& c) { return launch_bulk<__half>(c); }
-Outcome bulk_bf16(const Call& c) { return launch_bulk<__nv_bfloat16>(c); }
+Outcome bulk_f16(const Call& c) { return launch_bulk<f16>(c); }
+Outcome bulk_bf16(const Call& c) { return launch_bulk<bf16>(c); }
 // ---- end of a part ----
 Outcome walk_3_f32(const Call& c) { return launch_walk<float, 4, 3>(c); }
 Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4, 7>(c); }
 Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1, 7>(c); }
 // ---- end of a part ----
-Outcome walk_3_f16(const Call& c) { return launch_walk<__half, 8, 3>(c); }
-Outcome walk_4_f16(const Call& c) { return launch_walk<__half, 4, 7>(c); }
-Outcome walk_1_f16(const Call& c) { return launch_walk<__half, 1, 7>(c); }
+Outcome walk_3_f16(const Call& c) { return launch_walk<f16, 8, 3>(c); }
+Outcome walk_4_f16(const Call& c) { return launch_walk<f16, 4, 7>(c); }
+Outcome walk_1_f16(const Call& c) { return launch_walk<f16, 1, 7>(c); }
 // ---- end of a part ----
-Outcome walk_3_bf16(const Call& c) { return launch_walk<__nv_bfloat16, 8, 3>(c); }
-Outcome walk_4_bf16(const Call& c) { return launch_walk<__nv_bfloat16, 4, 7>(c); }
-Outcome walk_1_bf16(const Call& c) { return launch_walk<__nv_bfloat16, 1, 7>(c); }
+Outcome walk_3_bf16(const Call& c) { return launch_walk<bf16, 8, 3>(c); }
+Outcome walk_4_bf16(const Call& c) { return launch_walk<bf16, 4, 7>(c); }
+Outcome walk_1_bf16(const Call& c) { return launch_walk<bf16, 1, 7>(c); }
 // ---- end of a part ----
-Outcome toeplitz_f16(const Call& c) { return launch_toeplitz<__half>(c); }
-Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<__nv_bfloat16>(c); }
+Outcome toeplitz_f16(const Call& c) { return launch_toeplitz<f16>(c); }
+Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<bf16>(c); }
 // ---- end of a part ----
 Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
-Outcome toeplitz_last_f16(const Call& c) { return launch_toeplitz_last<__half>(c); }
-Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<__nv_bfloat16>(c); }
+Outcome toeplitz_last_f16(const Call& c) { return launch_toeplitz_last<f16>(c); }
+Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<bf16>(c); }
 // ---- end of a part ----
 Outcome march_f32(const Call& c) { return launch_march<float>(c); }
 // ---- end of a part ----
-Outcome march_f16(const Call& c) { return launch_march<__half>(c); }
-Outcome march_bf16(const Call& c) { return launch_march<__nv_bfloat16>(c); }
+Outcome march_f16(const Call& c) { return launch_march<f16>(c); }
+Outcome march_bf16(const Call& c) { return launch_march<bf16>(c); }
