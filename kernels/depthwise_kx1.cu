@@ -122,7 +122,7 @@ struct Pass {
   uint32_t in_columns, out_columns;            // numbers in their rows: of all channels if channels_last
   int64_t in_plane, out_plane;                 // numbers in them
   int row_shift, column_shift;                 // row and column of in that tap 0 takes to row and column 0 of out, at stride 1
-  int blocks;                                  // that sum x * grad_output, for each of `dots` taps, and grad_output for a channel: to partial[C][dots + 1][blocks]
+  int blocks;                                  // that sum x * grad_output, for each of `dots` taps, and grad_output for a channel: to partial[C][blocks][dots + 1]
 };
 
 // How a launch walks its planes. Rows of out one `out_step` apart meet the same taps in rows of in one `in_step` apart, whatever stride
@@ -173,8 +173,11 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
   Packed<Sum<T>, Vw>* sums = reinterpret_cast<Packed<Sum<T>, Vw>*>(shared + (ChannelsLast && weight ? (sizeof(T) * K * tx * V + 15) / 16 * 16 : 0));
   const int dots = a.dot_end - a.dot_begin;  // [dots + 1][threads], the last for grad_bias
   if (ChannelsLast && weight) {
-    for (int i = threadIdx.x; i < K * tx * V; i += blockDim.x)
-      reinterpret_cast<T*>(weights)[i % K * tx * V + i / K] = weight[(tile_column + i / K) % a.p.C * K + i % K];
+    for (int i = threadIdx.x; i < K * tx * V; i += blockDim.x) {
+      int channel;
+      a.channels(tile_column + i / K, channel);
+      reinterpret_cast<T*>(weights)[i % K * tx * V + i / K] = weight[channel * K + i % K];
+    }
     __syncthreads();
   }
   if (Gradient)
@@ -200,7 +203,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
     if (!Gradient && bias) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const Sum<T> b = widen(bias[ChannelsLast ? int(c + v) % int(a.p.C) : channel]);
+        const Sum<T> b = widen(bias[ChannelsLast ? (c + v) % a.C : channel]);
 #pragma unroll
         for (int r = 0; r < R; ++r) acc[r][v] = b;
       }
@@ -280,18 +283,18 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
     const int channels = ChannelsLast ? int(min(a.p.C, int64_t(tx * V))) : 1;
     if (ChannelsLast) {
       for (int i = threadIdx.x; i < (dots + 1) * channels; i += blockDim.x) {
-        const int first = i % channels, k = i / channels, pixel = (tile_column + first) / int(a.p.C), c = (tile_column + first) % int(a.p.C);
+        const int first = i / (dots + 1), k = i % (dots + 1), pixel = (tile_column + first) / int(a.p.C), c = (tile_column + first) % int(a.p.C);
         Sum<T> sum = 0;
         for (int j = first; j < tx * V; j += channels)
           for (int t = j / V; t < blockDim.x; t += tx) sum += sums[k * blockDim.x + t].at[j % V];
-        if (const bool whole = channels == a.p.C; whole || pixel < a.pixel_end - a.pixel_begin) partial[(int64_t(c) * (dots + 1) + k) * a.blocks + (whole ? slice : pixel) * a.splits + split] = sum;
+        if (const bool whole = channels == a.p.C; whole || pixel < a.pixel_end - a.pixel_begin) partial[(int64_t(c) * a.blocks + (whole ? slice : pixel) * a.splits + split) * (dots + 1) + k] = sum;
       }
     } else {
       for (int i = threadIdx.x / 32; i <= dots; i += blockDim.x / 32) {
         Sum<T> sum = 0;
         for (int t = threadIdx.x % 32; t < blockDim.x; t += 32) sum += sums[i * blockDim.x + t].at[0];
         for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-        if (threadIdx.x % 32 == 0) partial[(int64_t(first_plane) * (dots + 1) + i) * a.blocks + tile_column / (tx * V) * a.splits + split] = sum;
+        if (threadIdx.x % 32 == 0) partial[(int64_t(first_plane) * a.blocks + tile_column / (tx * V) * a.splits + split) * (dots + 1) + i] = sum;
       }
     }
   }
@@ -338,6 +341,20 @@ constexpr int march_vector(int size, int M, bool gradient) {
 constexpr int march_blocks(int M, int V, bool gradient) {
   const int numbers = M * V * (gradient ? 3 : 2);
   return numbers < 66 ? 4 : numbers <= 130 ? 3 : 2;
+}
+
+// Adds up what a block has of the same channel, of each tap's sums [K + 1][columns], in fixed order; `place` says of which channel the
+// first `channels` columns are, and whose of its blocks' sums these are, if any's.
+template <int columns, class Place> __device__ void sum_threads(const Pass& a, const float* sums, int channels, float* partial, const Place& place) {
+  __syncthreads();
+  for (int i = threadIdx.x; i < (a.K + 1) * channels; i += blockDim.x) {
+    const int first = i / (a.K + 1), k = i % (a.K + 1);
+    int c;
+    const int block = place(first, c);
+    float sum = 0;
+    for (int j = first; j < columns; j += channels) sum += sums[k * columns + j];
+    if (block >= 0) partial[(int64_t(c) * a.blocks + block) * (a.K + 1) + k] = sum;
+  }
 }
 
 // For channels_last. Reads `in` (and x if Gradient) once but for the K - 1 rows where bands meet, writes out once. A thread marches over
@@ -476,24 +493,113 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
         }
   }
 
-  if (Gradient && partial) {  // over the threads that share a channel, in fixed order
+  if (Gradient && partial) {
     __syncthreads();
     constexpr int columns = march_threads * V;
-    float* const sums = reinterpret_cast<float*>(shared);  // [K + 1][columns]
+    float* const sums = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int m = -1; m < M; ++m)
       if (m < 0 || m >= M - K)
         store<V>(sums + (m < 0 ? K : reversed ? M - 1 - m : m - (M - K)) * columns + threadIdx.x * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
-    __syncthreads();
-    const int channels = min(a.C, columns), bands = a.bands.divisor;
-    for (int i = threadIdx.x; i < (K + 1) * channels; i += march_threads) {
-      const int first = i % channels, k = i / channels, pixel = a.channels(first_column + first, c);
-      float sum = 0;
-      for (int j = first; j < columns; j += channels) sum += sums[k * columns + j];
-      if (channels == a.C || first_column + first < a.columns) partial[(int64_t(c) * (K + 1) + k) * a.blocks + ((channels == a.C ? tile : pixel) * bands + band) * a.splits + split] = sum;
-    }
+    const int channels = min(a.C, columns);
+    sum_threads<columns>(a, sums, channels, partial, [&](int first, int& c) {
+      const int pixel = a.channels(first_column + first, c), whole = channels == a.C;
+      return whole || first_column + first < a.columns ? ((whole ? tile : pixel) * int(a.bands.divisor) + band) * a.splits + split : -1;
+    });
   }
 #endif
+}
+
+// How a launch takes low planes.
+struct Low : Pass {
+  Divisor width, slices;  // a block keeps its slice of channels, V for each of a warp's lanes; its warps are dealt columns
+  int columns, splits;    // columns of all planes; blocks of a slice
+};
+
+// For channels_last planes of `low_rows` rows, in and out, which meet those up to half as many above and below: a thread takes a column of
+// V channels whole. Reads in (and x if Gradient) once, writes out once. Registers: the rows of in, out and x, those of in and x of the
+// next column, which are under way, the taps, and if Gradient their sums and that of grad_output.
+constexpr int low_rows = 7, low_threads = 128, low_blocks = 5;  // of a multiprocessor, for which registers have room
+template <class T, int V, bool Gradient>
+__global__ void __launch_bounds__(low_threads, low_blocks)
+low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
+    T* __restrict__ out, float* __restrict__ partial) {
+  constexpr int R = low_rows, warps = low_threads / 32;
+  extern __shared__ __align__(16) unsigned char shared[];
+  const int K = a.K, first_tap = R / 2 + a.row_shift;  // row r of out meets row r + m - R / 2 of in by tap m - first_tap
+  int slice;
+  const int split = a.slices(blockIdx.x, slice), first_channel = slice * 32 * V, c = first_channel + threadIdx.x % 32 * V;
+  const bool busy = c < a.C;
+  const auto place = [&](int column) {
+    int w;
+    const int n = a.width(column, w);
+    return n * a.out_plane + (w * a.C + c);
+  };
+#if __CUDA_ARCH__ >= 900
+  if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  Packed<T, V> next_in[R] = {}, next_x[R] = {};
+  const auto fetch_column = [&](int column) {
+    if (!(busy && column < a.columns)) return;
+    const int64_t at = place(column);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      next_in[r] = load<V>(in + (at + r * a.out_columns));
+      if (Gradient && a.has_dots) next_x[r] = load<V>(x + (at + r * a.out_columns));
+    }
+  };
+  int column = split * warps + threadIdx.x / 32;
+  fetch_column(column);
+  float taps[R][V], dots[R][V], initial[V], bias_sum[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    initial[v] = !Gradient && bias && busy ? widen(bias[c + v]) : 0, bias_sum[v] = 0;
+#pragma unroll
+    for (int m = 0; m < R; ++m) {
+      const int k = m - first_tap;
+      taps[m][v] = weight && busy && k >= 0 && k < K ? widen(weight[(c + v) * K + (Gradient ? K - 1 - k : k)]) : 0, dots[m][v] = 0;
+    }
+  }
+  for (; column < a.columns; column += a.splits * warps) {
+    float rows[R][V];
+    Packed<T, V> x_rows[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      unpack(rows[r], next_in[r]), x_rows[r] = next_x[r];
+#pragma unroll
+      for (int v = 0; v < V; ++v) bias_sum[v] += rows[r][v];
+    }
+    fetch_column(column + a.splits * warps);
+    T* to = out + place(column);
+#pragma unroll
+    for (int r = 0; r < R; ++r, to += a.out_columns) {
+      float acc[V], own[V];
+      if (Gradient) unpack(own, x_rows[r]);
+#pragma unroll
+      for (int v = 0; v < V; ++v) acc[v] = initial[v];
+#pragma unroll
+      for (int m = 0; m < R; ++m) {
+        const int i = r + m - R / 2;
+        if (i < 0 || i >= R || m < first_tap || m >= first_tap + K) continue;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          acc[v] += taps[m][v] * rows[i][v];
+          if (Gradient) dots[m][v] += own[v] * rows[i][v];
+        }
+      }
+      if (out && busy) store<V>(to, pack<T, V>(acc));
+    }
+  }
+  if (Gradient && partial) {
+    float* const sums = reinterpret_cast<float*>(shared);
+#pragma unroll
+    for (int m = -1; m < R; ++m) {
+      const int k = m - first_tap;
+      if (m < 0 || (k >= 0 && k < K))
+        store<V>(sums + ((m < 0 ? K : K - 1 - k) * low_threads + threadIdx.x) * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
+    }
+    sum_threads<low_threads * V>(a, sums, 32 * V, partial, [&](int first, int& c) { return (c = first_channel + first) < a.C ? split : -1; });
+  }
 }
 
 // d += a b for fragments of 16 x 16 and 16 x 8 numbers.
@@ -1019,7 +1125,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
     __syncwarp();
     if (lane == 0) *reinterpret_cast<float*>(mine) = sum;
     __syncthreads();
-    partial += int64_t(c) * (a.K + 1) * a.blocks + split;
+    partial += (int64_t(c) * a.blocks + split) * (a.K + 1);
     const unsigned char* const all = mine - warp * a.warp_bytes;
     for (int first = warp * 2; first <= a.K; first += warps * 2) {  // half a warp for each
       const int k = first + lane / 16, r = lane % 16, t = (k + r) / 16, column = (k + r) % 16;
@@ -1028,7 +1134,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       if (k < a.K ? a.has_dots : k == a.K && r == 0)
         for (int w = 0; w < warps; ++w) sum += at<float>(all + w * a.warp_bytes + from);
       for (int o = 8; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-      if (r == 0 && k <= a.K) partial[(k == a.K ? k : a.K - 1 - k) * a.blocks] = sum;
+      if (r == 0 && k <= a.K) partial[k == a.K ? k : a.K - 1 - k] = sum;
     }
   }
 }
@@ -1319,7 +1425,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
         if (k == a.K) sum += of[31];
         else if (a.has_dots) sum += of[k / 16 * 256 + 15 + k % 16] + (k % 16 ? of[(k / 16 + 1) * 256 + k % 16 - 1] : 0);
       }
-      partial[(int64_t(set_channel + c) * (a.K + 1) + (k == a.K ? k : a.K - 1 - k)) * a.blocks + split] = sum;
+      partial[(int64_t(set_channel + c) * a.blocks + split) * (a.K + 1) + (k == a.K ? k : a.K - 1 - k)] = sum;
     }
   }
 }
@@ -1660,7 +1766,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     for (int i = lane; i <= K && plane < planes; i += tx) {
       float sum = 0;
       for (int t = 0; t < tx; t += width) sum += all[i * bulk_threads + plane * tx + t];
-      partial[(int64_t(first_channel + plane) * (K + 1) + (i == K ? K : K - 1 - i)) * a.blocks + split] = sum;
+      partial[(int64_t(first_channel + plane) * a.blocks + split) * (K + 1) + (i == K ? K : K - 1 - i)] = sum;
     }
   }
 #endif
@@ -1732,7 +1838,7 @@ Pass make_pass(const Call& c) {
 // Whether at stride 1 all rows of grad_output are met by some row of x: then its sum can be taken on the way.
 bool sees_grad_output(const Pass& a) { return !a.has_bias_sum || (a.p.padding_h <= (a.p.K - 1) * a.p.dilation && a.p.H >= a.p.dilation); }
 
-// A launch of one of the kernels: A is Walk, March, Toeplitz or Bulk.
+// A launch of one of the kernels: A is Walk, March, Low, Toeplitz or Bulk.
 template <class A> struct Plan {
   A a;
   bool applies;  // else the kernel cannot do it
@@ -1802,7 +1908,7 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<W
 
   const int64_t column_tiles = ceil_div(vectors, 1 << a.log2_tx), slices = column_tiles * a.plane_step, tiles = ceil_div(lines, plan.threads >> a.log2_tx);
   a.column_tiles = column_tiles, a.slices = slices;
-  if (!ChannelsLast && !Gradient) a.splits = ceil_div(tiles, ceil_div(tiles * slices, 128 * current_device().multiprocessors));  // these blocks cost nothing
+  if (!Gradient && (!ChannelsLast || (M == 3 && sizeof(T) == 4))) a.splits = ceil_div(tiles, ceil_div(tiles * slices, 128 * current_device().multiprocessors));  // these blocks cost nothing
   else {
     int resident = 1;
     allow(walk<T, V, R, M, ChannelsLast, Gradient>, plan.shared);
@@ -1896,6 +2002,22 @@ template <class T> Outcome launch_march(const Call& c) {
     if (c.p.K > 11) return by.template operator()<21>();
   } else if (c.p.K > 11) return march_by<T, 21, false>(c);
   return by.template operator()<11>();
+}
+
+template <class T, bool Gradient> Outcome low_by(const Call& c) {
+  constexpr int V = (Gradient ? 4 : 8) / sizeof(T), warps = low_threads / 32;
+  const Problem& p = c.p;
+  Plan<Low> plan{{make_pass(c)}};
+  Low& a = plan.a;
+  const int64_t slices = ceil_div(p.C, 32 * V), columns = p.N * p.W;
+  plan.applies = p.H == low_rows && p.H_out == low_rows && p.K <= low_rows && p.padding_w == 0 && p.dilation == 1 && p.C % V == 0 && p.C > 16 * V &&
+                 alignment(c) >= V * sizeof(T) && all_below(1 << 29, columns, p.W * p.C, p.C * p.K);
+  if (!plan.applies) return {};
+  a.width = p.W, a.slices = slices, a.columns = columns;
+  a.splits = a.blocks = deal(slices, ceil_div(columns, warps), low_blocks, 2);
+  plan.blocks = slices * a.splits, plan.threads = low_threads, plan.shared = Gradient ? sizeof(float) * low_threads * V * (p.K + 1) : 0;
+  plan.sums = {.dots = a.K, .blocks = a.blocks};
+  return run<T>(low<T, V, Gradient>, plan, c, make_room<T>(plan, c));
 }
 
 // Whether the tiles of tensor cores are aligned.
@@ -2052,7 +2174,7 @@ template <class T> Outcome launch_bulk(const Call& c) {
 
 // Launchers by type; walk_3: up to 3 taps, vectors of 16 bytes; walk_4: vectors of 4 numbers.
 using Attempt = Outcome(const Call&);
-Attempt march_f32, march_f16, march_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
+Attempt low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
     walk_3_f32, walk_3_f16, walk_3_bf16, walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
 // ---- end of what is compiled with each of the following parts, side by side ----
 
@@ -2071,7 +2193,7 @@ __global__ void __launch_bounds__(256, 4) reduce(const __grid_constant__ Problem
     double sum = 0;
     const auto add_lanes = [&] { for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o); };
 #pragma unroll 4
-    for (int64_t n = lane; n < s.blocks; n += 32) sum += partial[(c * (s.dots + 1) + i) * s.blocks + n];
+    for (int64_t n = lane; n < s.blocks; n += 32) sum += partial[(c * s.blocks + n) * (s.dots + 1) + i];
     add_lanes();
     if (s.repair && i < s.dots && isnan(sum)) {
       sum = 0;
@@ -2121,6 +2243,7 @@ const char* launch(const Call& c) {
   Attempt* const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
       {f64, walk_f64},
+      {dense && last && !f64, by_type(low_f32, low_f16, low_bf16)},
       {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H >= 24 : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
       {stretches && two_bytes && !aligned && p.K <= (p.H * p.W < 1024 ? 32 : 16), bulk},
       {stretches && two_bytes && back && p.K <= 3, bulk},
@@ -2146,14 +2269,17 @@ Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
 Outcome bulk_f16(const Call& c) { return launch_bulk<f16>(c); }
 Outcome bulk_bf16(const Call& c) { return launch_bulk<bf16>(c); }
 // ---- end of a part ----
+Outcome low_f32(const Call& c) { return c.transposed ? low_by<float, true>(c) : low_by<float, false>(c); }
 Outcome walk_3_f32(const Call& c) { return launch_walk<float, 4, 3>(c); }
 Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4, 7>(c); }
 Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1, 7>(c); }
 // ---- end of a part ----
+Outcome low_f16(const Call& c) { return c.transposed ? low_by<f16, true>(c) : low_by<f16, false>(c); }
 Outcome walk_3_f16(const Call& c) { return launch_walk<f16, 8, 3>(c); }
 Outcome walk_4_f16(const Call& c) { return launch_walk<f16, 4, 7>(c); }
 Outcome walk_1_f16(const Call& c) { return launch_walk<f16, 1, 7>(c); }
 // ---- end of a part ----
+Outcome low_bf16(const Call& c) { return c.transposed ? low_by<bf16, true>(c) : low_by<bf16, false>(c); }
 Outcome walk_3_bf16(const Call& c) { return launch_walk<bf16, 8, 3>(c); }
 Outcome walk_4_bf16(const Call& c) { return launch_walk<bf16, 4, 7>(c); }
 Outcome walk_1_bf16(const Call& c) { return launch_walk<bf16, 1, 7>(c); }
