@@ -31,8 +31,8 @@ void cpu_backward(const Problem&, const void* grad_output, const void* x, const 
 
 // ---- CPU kernels ----
 // Both memory orders, all types and strides take one path. A tile is some rows of some columns; a row of it is slots: slot
-// q * lanes + l is pixel column q of lane l. Lanes are channels: of an NHWC image the neighbours, of wide NCHW planes one alone, of
-// narrow ones as many as a vector holds (a transposition). Where rows of slots lie contiguous in the tensors they are used there,
+// q * lanes + l is pixel column q of lane l. Lanes are channels: of an NHWC image the neighbours, of large NCHW planes one alone, of
+// narrow or small ones as many as a vector holds (a transposition). Where rows of slots lie contiguous in the tensors they are used there,
 // converted in registers; else they are packed into a dense buffer, so that packing alone knows the layout, and results unpacked.
 // Tiles are cut alike whatever the number of threads, and partial sums are added in a fixed order: results are reproducible.
 #include <sys/mman.h>
@@ -160,7 +160,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   static INLINE V shuffle(const V& a, const V& b, const I& from) {  // from: of a's elements, then b's
 #ifdef __clang__
     V v;
-    for (int e = 0; e < size; e++) v[e] = from[e] < size ? a[from[e]] : b[from[e] - size];
+    for (int e = 0; e < size; e++) v[e] = (from[e] & size ? b : a)[from[e] & (size - 1)];
     return v;
 #else
     return __builtin_shuffle(a, b, from);
@@ -363,7 +363,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     constexpr int H = A * vectors<E>;
     constexpr int64_t step = A * at_once<E>;
     const int64_t px = in.lanes + in.skip, ahead = std::max<int64_t>(2048 / (px * sizeof(E)), 1) * px;
-    const int64_t L = std::lcm(S, D), jump = L / S, every = L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride;
+    const int64_t jump = std::lcm(S, D) / S, L = out_rows > jump ? jump * S : D /* a row alone shares none */, every = L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride;
     for (int64_t start = 0; start < std::min(jump, out_rows); start++)
       for (int64_t m = start; m < out_rows; m += N * jump) {
         const int64_t count = std::min<int64_t>(N, (out_rows - m + jump - 1) / jump);
@@ -533,6 +533,7 @@ struct Job {
   int64_t together, sets;              // images per tile, if they are small
   int64_t q_begin, q_end, nq, band;    // columns that meet x; columns per tile, rows of out per tile
   int64_t column_tiles, bands, groups, in_rows, slots;
+  int64_t first, skip;                 // where a strided tensor is packed with all of its columns: the first slot in use, and how many behind each pixel are not
   int bytes;                           // per vector
   double* sums;                        // of every task, (K + 1) x lanes: weight gradients, bias gradient
 };
@@ -542,7 +543,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   const Problem& p = j.p;
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
   const int64_t bands = j.bands, units = j.sets * bands * j.column_tiles, w_tap = (ceil_div(j.padded, 16) + 4) * 16;
-  const int64_t full = (ns + vector - 1) / vector * vector, tap = full + vector;
+  const int64_t full = (ns + vector - 1) / vector * vector, tap = (p.channels_last ? full : std::min<int64_t>(full, 64)) + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
   const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out) + 256);  // and what the last transposition reads too much
@@ -550,6 +551,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
   R *weights = scratch.get(), *init = weights + (K + 1) * w_tap, *sums = init + w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out;
+  const bool whole_in = j.skip && j.forward, whole_out = j.skip && !j.forward;
+  if (whole_out) std::fill(buffer_out, buffer_x, R(0));
   std::vector<const void*> table(8 * (K + 1));
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
   for (int64_t t = begin, built = -1; t < end; t++) {
@@ -562,7 +565,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         if constexpr (std::is_same_v<decltype(to), T*>) to[i] = value;
         else to[i] = load(value);
       }
-      for (int64_t i = width, n; i < w_tap; i += n) n = std::min(i, w_tap - i), std::copy(to, to + n, to + i);
+      if (width == 1) std::fill(to + 1, to + w_tap, *to);
+      else for (int64_t i = width, n; i < w_tap; i += n) n = std::min(i, w_tap - i), std::copy(to, to + n, to + i);
     };
     if (c0 != built) {
       build(init, K, lanes);
@@ -580,9 +584,11 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     auto reduce = [&](int64_t length) {  // of rows so long
       flush_all();
       for (int64_t k = 0; k < K; k++) {
+        int64_t n = period;
+        for (double* a = &totals[k * tap]; n % (2 * common) == 0; ) { n /= 2; for (int64_t s = 0; s < n; s++) a[s] += a[s + n]; }
         for (int64_t l = 0; l < lanes; l++) {
           double sum = 0;
-          for (int64_t s = l; s < period; s += lanes) sum += totals[k * tap + place(s)];
+          for (int64_t s = l; s < n; s += lanes) sum += totals[k * tap + place(s)];
           total[k * j.lanes + l] += sum;
         }
         for (int64_t s = length - length % vector; s < length; s++) total[k * j.lanes + s % lanes] += totals[k * tap + period + place(s - (length - vector))];
@@ -602,8 +608,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       int64_t i0 = j.forward ? o0 * S - pad : ceil_div(o0 + pad - (K - 1) * D, S);
       int64_t i1 = j.forward ? (o1 - 1) * S - pad + (K - 1) * D + 1 : ceil_div(o1 + pad, S);
       i0 = clamp(i0, 0, vi.rows), i1 = clamp(i1, i0, vi.rows);
-      auto tin = [&](int64_t n) { return Tile{i0, i1 - i0, q0, nq, lanes, present(n)}; };
-      auto tout = [&](int64_t n) { return Tile{o0, o1 - o0, q0, nq, lanes, present(n)}; };
+      auto tin = [&](int64_t n) { return Tile{i0, i1 - i0, whole_in ? 0 : q0, whole_in ? vi.width : nq, lanes, present(n)}; };
+      auto tout = [&](int64_t n) { return Tile{o0, o1 - o0, whole_out ? 0 : q0, whole_out ? vo.width : nq, lanes, present(n)}; };
       for (int64_t n = n0; n < n0 + images && j.out; n++)
         fill(j.bytes, vo, (T*)j.out + image(vo, n), tout(n), ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
@@ -637,14 +643,15 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto in_place = [&](const View& v, auto* from, int64_t row) {
         return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v, n0) + row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, apart(v), padded, v.step * v.px - padded, lanes - vector};
       };
-      auto packed = [&](const View& v, const void* from, auto tile, R* buffer, int64_t room) {
+      auto packed = [&](const View& v, const void* from, auto tile, R* buffer, int64_t room, bool whole) {
         for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, ns});
-        return Rows<const R>{buffer, ns, room};
+        return whole ? Rows<const R>{buffer + j.first, ns, room, lanes, j.skip} : Rows<const R>{buffer, ns, room};
       };
       if constexpr (!std::is_same_v<T, Half>)  // whose conversion is long: once is enough
         if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, o0), in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), (T*)weights);
       if (!j.direct && nq > 0) {
-        compute(Rows<R>{buffer_out, ns, room_out}, packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out), weights);
+        compute(whole_out ? Rows<R>{buffer_out + j.first, ns, room_out, lanes, j.skip} : Rows<R>{buffer_out, ns, room_out},
+                packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in, whole_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out, whole_out), weights);
         for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, (T*)j.out + image(vo, n0 + n), tout(n0 + n), Rows<R>{buffer_out + n * room_out, ns}, init);
       }
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
@@ -699,7 +706,8 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t Q = std::max<int64_t>(j.q_end - j.q_begin, 1);
   // as many columns as leave room for three times the rows that a tile shares with its neighbour
   const int64_t halo = std::min(halo_all, j.vin.rows), wanted = clamp(budget / std::max(3 * halo + 16, p.K), 64, 1024);
-  const bool narrow = !p.channels_last && Q < vector;
+  const bool small = p.stride_w <= 8 && Q <= wanted / vector && p.H * p.W < (j.forward && p.stride_h * p.stride_w == 1 ? 256 : 1024);  // planes, better taken many at a time
+  const bool narrow = !p.channels_last && (Q < vector || small);
   const int64_t parts = ceil_div(p.C, wanted);
   j.lanes = p.channels_last ? std::min(p.C, ceil_div(ceil_div(p.C, parts), vector) * vector) : narrow ? vector : 1;
   j.channels = narrow && p.C < vector ? vector / p.C * p.C : p.C;
@@ -714,7 +722,12 @@ void run(Job j, void* grad_weight, void* grad_bias) {
              ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && ((j.lanes % at_once == 0 && p.C % at_once == 0) || (j.forward && j.lanes == p.C))));
   j.padded = j.direct && p.stride_w > 1 ? ceil_div(j.lanes, at_once) * at_once : j.lanes;
   if (j.direct && j.forward && p.stride_w > 1) j.nq = std::min(Q, 8 * wanted / j.lanes);
-  j.slots = (j.nq * j.lanes + vector - 1) / vector * vector;
+  if (narrow && p.stride_w > 1 && p.stride_w <= 8 && Q > 1 && j.nq == j.q_end - j.q_begin) {
+    View& v = j.forward ? j.vin : j.vout;
+    j.first = (v.col + j.q_begin * v.step) * j.lanes, j.skip = (v.step - 1) * j.lanes;
+    v.col = 0, v.step = 1;
+  }
+  j.slots = ((j.skip ? p.W : j.nq) * j.lanes + vector - 1) / vector * vector;
   j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
   j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
