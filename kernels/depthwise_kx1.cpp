@@ -259,14 +259,15 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   // Slots that do not exist are zero.
   template <class T> static INLINE void pack(const View v, const T* src, const Tile t, const Rows<R> to) {
     int64_t px = t.nq == 1 ? v.row : v.step * v.px, n = t.nq * t.lanes, nq = t.nq, rows = t.rows;
-    R* dst = to.data;
+    R *dst = to.data, *const dst_end = dst + rows * to.stride;
     src += t.row * v.row + (v.col + t.q * v.step) * v.px;
+    const T* const end = src + (rows - 1) * v.row + (nq - 1) * px + t.lanes;
     if (n == to.stride && v.row == nq * px && rows) n *= rows, nq *= rows, rows = 1;  // rows that follow one another are one
     const int64_t run = (v.lane != 1 && t.lanes > 1) || t.present < t.lanes ? 0 : t.lanes == px ? n : t.lanes;  // contiguous numbers
     for (int64_t r = 0; r < rows; r++, src += v.row, dst += to.stride) {
       const T* from = src;
       if (run > (px > 1))
-        for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run > 4 ? std::max(run, std::min(at_once<T>, n - i)) : run);  // whole vectors, even into what follows
+        for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run > 4 ? std::max(run, std::min({at_once<T>, end - from, dst_end - dst - i})) : run);  // whole vectors, even into what follows
       else if (tiny<T>(v, t, nq)) {
         R planes[size * (at_once<T> + 1)];
         get(planes, src, size * nq);
@@ -356,10 +357,10 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 
   // Output rows are taken 8 at a time and taps up to 7, both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all.
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
-  // Where columns of in have gaps, the processor foresees few rows at a time: GAPS takes half as many, of A times as many slots, and prefetches.
-  template <bool GAPS, class E> static INLINE void conv(const Conv<E>& c) {
+  // Where columns of in have gaps, the processor foresees few rows at a time: WIDE takes half as many, of A times as many slots, and prefetches. So it does where rows are few.
+  template <bool WIDE, class E> static INLINE void conv(const Conv<E>& c) {
     const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table] = c;
-    constexpr int N = !GAPS && most == 7 && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !GAPS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
+    constexpr int N = !WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !WIDE ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
     constexpr int H = A * vectors<E>;
     constexpr int64_t step = A * at_once<E>;
     const int64_t px = in.lanes + in.skip, ahead = std::max<int64_t>(2048 / (px * sizeof(E)), 1) * px;
@@ -381,7 +382,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
           for (int r = 0; r < N; r++) get<A>(sum[r], init + j);
           for (int64_t c = 0; c < classes; c++, wj += w_tap) {
             const int64_t taps = least + (c < more);
-            each_taps<GAPS ? 2 : most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
+            each_taps<WIDE ? 2 : most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
               constexpr int T = number;
               V wk[T][H];
               const E* from = wj + k * w_step;
@@ -394,7 +395,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 #pragma GCC unroll 4
                   for (int a = 0; a < A; a++) {
                     get(v + a * vectors<E>, row + at[a]);
-                    if (GAPS) __builtin_prefetch(row + at[a] + ahead);
+                    if (WIDE) __builtin_prefetch(row + at[a] + ahead);
                   }
 #pragma GCC unroll 8
                   for (int t = 0; t < T; t++)
@@ -404,7 +405,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
             });
             rows += taps + N - 1;
           }
-          prefetch<GAPS ? 1 : N>(in, m * S + off + (K - 1) * D + N * L, L, at[0]);
+          prefetch<WIDE ? 1 : N>(in, m * S + off + (K - 1) * D + N * L, L, at[0]);
 #pragma GCC unroll 4
           for (int a = 0; a < A; a++) {
             E* to = out.data + n * out.image + m * out.stride + out.at(i + a * at_once<E>);
@@ -511,7 +512,7 @@ template <class R, class T> void fill(int bytes, const View& v, T* dst, const Ti
 template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
 template <class E> void conv(int bytes, const Conv<E>& c) {
   using R = decltype(load(E()));
-  if (c.in.skip && c.slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true>(c));
+  if ((c.in.skip || c.out_rows * std::gcd(c.S, c.D) <= 4 * c.D) && c.slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true>(c));
   else SIMD(R, template conv<false>(c));
 }
 template <class E> void correlate(int bytes, const Correlation<E>& c) {
@@ -528,10 +529,11 @@ struct Job {
   void* out;                           // y or grad_input
   bool forward, want_weight, want_bias, direct;
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
-  int64_t lanes, padded;               // lanes per tile, and in whole vectors if the last one of a pixel overlaps
+  int64_t lanes, unit;                 // lanes per tile; slots of a pixel are a multiple of unit: its last vector overlaps
   int64_t channels, images;            // as regrouped (narrow planes of few channels)
   int64_t together, sets;              // images per tile, if they are small
-  int64_t q_begin, q_end, nq, band;    // columns that meet x; columns per tile, rows of out per tile
+  int64_t q_begin, q_end, nq, band;    // columns that meet x; columns per tile, rows of out per tile,
+  int64_t cut;                         // a multiple of this many
   int64_t column_tiles, bands, groups, in_rows, slots;
   int64_t first, skip;                 // where a strided tensor is packed with all of its columns: the first slot in use, and how many behind each pixel are not
   int bytes;                           // per vector
@@ -542,7 +544,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   using R = decltype(load(T()));
   const Problem& p = j.p;
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
-  const int64_t bands = j.bands, units = j.sets * bands * j.column_tiles, w_tap = (ceil_div(j.padded, 16) + 4) * 16;
+  const int64_t bands = j.bands, units = j.sets * bands * j.column_tiles, w_tap = (ceil_div(j.lanes, 32) + 2) * 32;
   const int64_t full = (ns + vector - 1) / vector * vector, tap = (p.channels_last ? full : std::min<int64_t>(full, 64)) + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
@@ -557,10 +559,10 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
   for (int64_t t = begin, built = -1; t < end; t++) {
     int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = p.channels_last ? std::min(j.lanes, j.channels - c0) : j.lanes;
-    const int64_t padded = j.padded > j.lanes ? j.padded : lanes;
+    const int64_t padded = ceil_div(lanes, j.unit) * j.unit;
     auto build = [&](auto* to, int64_t k, int64_t width) {
       for (int64_t i = 0, c = c0; i < width; i++, c = c + 1 < p.C ? c + 1 : 0) {
-        if (width > lanes && i == width - vector) c = lanes - vector;
+        if (width > lanes && i == width - vector) c = c0 + lanes - vector;
         const T value = k < K ? ((const T*)j.weight)[c * K + k] : j.bias ? ((const T*)j.bias)[c] : T{};
         if constexpr (std::is_same_v<decltype(to), T*>) to[i] = value;
         else to[i] = load(value);
@@ -573,7 +575,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       for (int64_t k = j.weight ? 0 : K; k <= K; k++) j.direct ? build((T*)weights + k * w_tap, k, padded) : build(weights + k * w_tap, k, lanes);
     }
     built = c0;
-    std::fill(sums, sums + K * tap + ns, R(0));
+    if (j.sums) std::fill(sums, sums + K * tap + ns, R(0));
     double* total = j.sums ? j.sums + t * (K + 1) * j.lanes : nullptr;
     const int64_t common = std::lcm(lanes, vector), period = std::min(common * std::max<int64_t>(1, 64 / common), full);  // few sums, but no two vectors in a row for the same
     int64_t summed = 0, last = -1;
@@ -597,7 +599,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     };
     for (int64_t u = units * group / j.groups, u1 = units * (group + 1) / j.groups; u < u1; u++) {
       int64_t ct = u / bands / j.sets, b = u % bands, n0 = u / bands % j.sets * j.together, images = std::min(j.together, j.images - n0), Q = j.q_end - j.q_begin;
-      int64_t o0 = j.vout.rows * b / bands, o1 = j.vout.rows * (b + 1) / bands;
+      auto cut = [&](int64_t b) { return std::min(ceil_div(j.vout.rows, j.cut) * b / bands * j.cut, j.vout.rows); };
+      int64_t o0 = cut(b), o1 = cut(b + 1);
       int64_t q0 = j.q_begin + Q * ct / j.column_tiles, nq = j.q_begin + Q * (ct + 1) / j.column_tiles - q0;
       auto present = [&](int64_t n) { return p.channels_last ? lanes : std::min({lanes, j.channels - c0, p.N * p.C - (n * j.channels + c0)}); };
       auto apart = [&](const View& v) { return (p.channels_last ? 1 : j.channels) * v.rows * v.row; };
@@ -693,7 +696,7 @@ template <class F> void parallel(int64_t n, int64_t grain, const F& f) {  // tor
 // Cuts the work into tiles that stay in cache and tasks of some 32 Ki elements, and runs it.
 void run(Job j, void* grad_weight, void* grad_bias) {
   Problem& p = j.p;
-  const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), budget = 32768, halo_all = (p.K - 1) * p.dilation;
+  const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), grain = 32768, budget = grain << p.channels_last, halo_all = (p.K - 1) * p.dilation;
   if (p.H * p.W == 1 && p.H_out * p.W_out == 1) p.channels_last = true;  // the orders are the same; this one is faster
   auto view = [&](int64_t rows, int64_t width, int64_t col, int64_t step) {
     return p.channels_last ? View{rows, width, col, step, p.C, width * p.C, 1} : View{rows, width, col, step, 1, width, rows * width};
@@ -714,13 +717,16 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.images = (p.N * p.C + j.channels - 1) / j.channels;
   j.nq = std::min(Q, std::max<int64_t>(1, wanted / j.lanes));
   const int64_t blocks = ceil_div(j.channels, j.lanes);
-  // contiguous numbers in a row of a tile
-  const int64_t run = p.channels_last && (p.stride_w > 1 || j.lanes < p.C) ? j.lanes : Q / ceil_div(Q, j.nq) * j.lanes, element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
+  const int64_t element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
+  const bool gaps = p.channels_last && (p.stride_w > 1 || j.lanes < p.C);
+  const int64_t run = gaps ? j.lanes : Q / ceil_div(Q, j.nq) * j.lanes;  // contiguous numbers in a row of a tile
   j.bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
   const int64_t at_once = j.bytes / element;
-  j.direct = p.type != Type::f16 && !narrow && run >= at_once && (std::min(p.K, j.vin.rows) <= 12 || j.vin.row <= 512) &&
-             ((p.stride_w == 1 && (!p.channels_last || j.lanes == p.C)) || (p.channels_last && ((j.lanes % at_once == 0 && p.C % at_once == 0) || (j.forward && j.lanes == p.C))));
-  j.padded = j.direct && p.stride_w > 1 ? ceil_div(j.lanes, at_once) * at_once : j.lanes;
+  const int64_t met = std::min(p.K, j.vin.rows);  // rows at once: too many in the same place of a cache are packed
+  j.direct = p.type != Type::f16 && !narrow && run >= at_once && (p.channels_last ? met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536 : met <= 12 || j.vin.row <= 512) &&
+             (gaps ? (j.forward ? (p.C - 1) % j.lanes + 1 >= at_once : j.lanes % at_once == 0 && p.C % at_once == 0) : p.stride_w == 1);
+  j.unit = j.direct && gaps ? at_once : 1;
+  if (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) j.bytes = vector_bytes;
   if (j.direct && j.forward && p.stride_w > 1) j.nq = std::min(Q, 8 * wanted / j.lanes);
   if (narrow && p.stride_w > 1 && p.stride_w <= 8 && Q > 1 && j.nq == j.q_end - j.q_begin) {
     View& v = j.forward ? j.vin : j.vout;
@@ -729,22 +735,24 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   }
   j.slots = ((j.skip ? p.W : j.nq) * j.lanes + vector - 1) / vector * vector;
   j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
+  const int64_t block = 8 * std::lcm(p.stride_h, p.dilation) / (j.forward ? p.stride_h : 1);  // rows that conv takes at once
+  j.cut = j.band < j.vout.rows && j.band >= block ? block : 1, j.band -= j.band % j.cut;
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
   j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
   j.together = j.bands * j.column_tiles > 1 ? 1 : clamp(budget / ((j.in_rows + j.band) * j.slots), 1, j.images);
   j.sets = ceil_div(j.images, j.together);
   const int64_t units = j.sets * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
-  j.groups = clamp(total / blocks / std::max({budget, total / 256, 8 * (p.K + 1) * j.slots, (j.forward ? 0 : 32 * (p.K + 1) * j.lanes)}), 1, units);
+  j.groups = clamp(total / blocks / std::max({grain, total / 256, 8 * (p.K + 1) * (j.forward ? j.lanes : std::max(j.slots, 4 * j.lanes))}), 1, units);
   const int64_t count = blocks * j.groups;
   std::vector<double> sums;
   if (j.want_weight || j.want_bias) sums.resize(count * (p.K + 1) * j.lanes);
   j.sums = sums.data();
-  parallel(count, std::max<int64_t>(1, budget / (total / count + 1)), [&](int64_t b, int64_t e) {
+  parallel(count, std::max<int64_t>(1, grain / (total / count + 1)), [&](int64_t b, int64_t e) {
     (p.type == Type::f32 ? tasks<float> : p.type == Type::f64 ? float64_tasks : p.type == Type::f16 ? float16_tasks : bfloat16_tasks)(j, b, e);
   });
   if (sums.empty()) return;
-  parallel(p.C, std::max<int64_t>(1, budget / (j.groups * (p.K + 1))), [&](int64_t b, int64_t e) {
+  parallel(p.C, std::max<int64_t>(1, grain / (j.groups * (p.K + 1))), [&](int64_t b, int64_t e) {
     std::vector<double> s(e - b);
     for (int64_t k = 0; k <= p.K; k++) {
       void* to = k < p.K ? grad_weight : grad_bias;
