@@ -112,6 +112,7 @@ CASES = [Case(*row) for row in [
     ("72 channels, 33 taps",       (2, 72, 70, 11),    33, 1,     (16, 0), 1,       True),
     ("40 channels, dilation 2",    (3, 40, 50, 19),    9, 1,      (8, 2),  2,       True),
     ("small planes",               (5, 70, 7, 7),      7, 1,      (3, 0),  1,       True),
+    ("7 rows, 136 channels",       (3, 136, 7, 5),     5, 1,      (2, 0),  1,       True),
     ("low planes, many taps",      (2, 3, 5, 211),     15, 1,     (7, 0),  1,       True),
     ("low planes, more taps",      (1, 2, 2, 2377),    35, 1,     (17, 0), 1,       True),
     ("small planes, many taps",    (3, 5, 28, 27),     27, 1,     (13, 0), 1,       True),
