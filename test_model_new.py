@@ -120,6 +120,7 @@ CASES = [Case(*row) for row in [
     ("bands of odd rows",          (2, 3, 333, 51),    5, 1,      (2, 0),  1,       True),
     ("bands, padded",              (2, 3, 100, 130),   12, 1,     (5, 1),  1,       True),
     ("a column of padding alone",  (5, 11, 40, 1),     3, (1, 3), (3, 1),  1,       True),
+    ("images of one row",          (50, 6, 1, 9),      3, (2, 1), (1, 0),  1,       True),
     ("one column, stride 2",       (9, 20, 33, 1),     5, 2,      (2, 0),  1,       True),
     ("33 channels, stride 2",      (3, 33, 21, 12),    5, 2,      (2, 1),  1,       True),
     ("tiny planes, many images",   (90, 50, 3, 4),     4, (2, 1), (2, 0),  1,       True),

@@ -659,9 +659,9 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       }
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
-        for (int64_t n = n0; n < n0 + images; n++) for (int64_t h = p.H_out * b / bands; h < p.H_out * (b + 1) / bands; h++) {
-          if (h % 64 == 0) flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
+        for (int64_t n = n0, added = 0; n < n0 + images; n++) for (int64_t h = p.H_out * b / bands; h < p.H_out * (b + 1) / bands; h++) {
           for (int64_t w = w0, m; w < w1; w += m) {
+            if (++added % 64 == 0) flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
             m = std::min(j.nq, w1 - w);
             pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad, n), Tile{h, 1, w, m, lanes, present(n)}, Rows<R>{buffer_in, ns});
             for (int64_t s = 0; s < m * lanes; s++) bias_sums[s] += buffer_in[s];
@@ -696,8 +696,10 @@ template <class F> void parallel(int64_t n, int64_t grain, const F& f) {  // tor
 // Cuts the work into tiles that stay in cache and tasks of some 32 Ki elements, and runs it.
 void run(Job j, void* grad_weight, void* grad_bias) {
   Problem& p = j.p;
-  const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), grain = 32768, budget = grain << p.channels_last, halo_all = (p.K - 1) * p.dilation;
   if (p.H * p.W == 1 && p.H_out * p.W_out == 1) p.channels_last = true;  // the orders are the same; this one is faster
+  if (p.channels_last && p.H == 1 && p.H_out == 1 && p.padding_w == 0 && (p.stride_w == 1 || p.W == 1))  // images of one row are one long row
+    p.W_out = p.W *= p.N, p.N = p.stride_h = p.stride_w = 1;
+  const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), grain = 32768, budget = grain << p.channels_last, halo_all = (p.K - 1) * p.dilation;
   auto view = [&](int64_t rows, int64_t width, int64_t col, int64_t step) {
     return p.channels_last ? View{rows, width, col, step, p.C, width * p.C, 1} : View{rows, width, col, step, 1, width, rows * width};
   };
