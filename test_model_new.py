@@ -123,6 +123,7 @@ CASES = [Case(*row) for row in [
     ("images of one row",          (50, 6, 1, 9),      3, (2, 1), (1, 0),  1,       True),
     ("one column, stride 2",       (9, 20, 33, 1),     5, 2,      (2, 0),  1,       True),
     ("33 channels, stride 2",      (3, 33, 21, 12),    5, 2,      (2, 1),  1,       True),
+    ("24 channels, stride 3 in W", (2, 24, 20, 31),    3, (2, 3), (1, 4),  1,       True),
     ("tiny planes, many images",   (90, 50, 3, 4),     4, (2, 1), (2, 0),  1,       True),
     ("unbatched",                  (8, 20, 11),        3, 1,      1,       1,       True),
     ("unbatched, strided",         (3, 21, 12),        5, 2,      (2, 0),  1,       False),
@@ -348,10 +349,12 @@ def bitwise_reproducible(device):
 @on("cpu", "cuda")
 def inf_and_nan(device, dtype):
     """They reach just the outputs and gradients whose taps touch them; padding adds nothing, whatever the weight."""
-    geometries = (3, (1, 1), (1, 1), 1), (4, (3, 2), (2, 3), 2), (21, (1, 1), (10, 0), 1), (33, (1, 1), (16, 0), 1)
+    shape = 2, 8, 40, 48
+    geometries = ((shape, 3, 1, 1, 1), (shape, 4, (3, 2), (2, 3), 2), (shape, 21, 1, (10, 0), 1), (shape, 33, 1, (16, 0), 1),
+                  ((2, 136, 7, 5), 5, 1, (2, 0), 1))
     wrong = []
     for geometry, value, where, layout in itertools.product(geometries, (math.inf, -math.inf, math.nan), ("x", "weight"), LAYOUTS):
-        case = Case(f"{value} in {where}", (2, 8, 40, 48), *geometry, True)
+        case = Case(f"{value} in {where}", *geometry, True)
         ours, x = modules(case, dtype, device)[0], dense(layout)(case.shape, dtype=dtype, device=device)
         (x if where == "x" else ours.conv2d.weight.detach())[1, :, random.randrange(case.K)] = value  # a row of x, a tap of weight
         grad_output = torch.randn_like(ours(x))
@@ -474,7 +477,7 @@ def test_bad_arguments():
 
 def edited(old="struct Problem {", new="struct Problem {{  // {}"):
     """The bundle with kernels never built before, and quick to build."""
-    text = model_new._bundle().replace('"-O3"', '"-O0"')
+    text = model_new._bundle().replace('"-O1"', '"-O0"').replace('optimize("O3")', 'optimize("O0")')
     assert old in text
     return text.replace(old, new.format(random.SystemRandom().random()))
 
@@ -1158,7 +1161,7 @@ def fault_unusual_places():
         package.mkdir(parents=True)
         shutil.copytree(HERE / "kernels", package / "kernels")
         (package / "__init__.py").touch()
-        (package / "model_new.py").write_text((HERE / "model_new.py").read_text().replace('"-O3"', '"-O0"'))
+        shutil.copy(HERE / "model_new.py", package)
         places = dict(within=mounted(f"mount -o bind,ro '{package}' '{package}'"), package="pkg.", LC_ALL="C")
         Importer(package.parent, "les extensions été", **places).go().seconds()
         assert [path.suffix for path in (package.parent / "les extensions été").glob("*.so")] == [".so"]
@@ -1184,6 +1187,7 @@ def random_case():
         for i in random.sample(range(4), 4):
             shape[i] = random_size(min(budget / math.prod(shape), 5000))
         N, C, H, W = shape
+        H = random.choice([H] * 9 + [7])
         H = H if padding == "same" else max(H, d * (K - 1) + 1 - 2 * p)
         N = random.choice([N] * 99 + [0])
         if max(1, N) * C * max(H * W, ((H + 2 * p) // s + 1) * ((W + 2 * pw) // sw + 1)) < 2**22:

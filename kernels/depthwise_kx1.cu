@@ -129,7 +129,8 @@ struct Pass {
 // s and dilation d are: with g = gcd(s, d), L = s d / g, a forward step is d / g rows of y and L rows of x, and every
 // (s / g)-th tap shares them. So one loop, acc[r] += weight[m] * in[r + m], serves all strides, dilations and both passes.
 struct Walk : Pass {
-  int row_begin, pixel_begin, pixel_end;           // what is walked of out: beyond its own where a bias gradient wants that
+  int row_begin;                                   // rows of out are walked, and its pixels, or transposed those of in: beyond what
+  int pixel_begin, pixels;                         // meets where a bias gradient wants that
   Divisor pixel, channels;                         // numbers in a pixel: C if channels_last, else 1; C
   Divisor in_step, out_step;
   int taps_step;                                   // taps that share rows are this far apart
@@ -154,18 +155,15 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
   extern __shared__ __align__(16) unsigned char shared[];
   const int tx = 1 << a.log2_tx, lane = threadIdx.x & (tx - 1), lines_per_tile = blockDim.x >> a.log2_tx;
   const int K = int(a.p.K), stride = int(a.p.stride_h), dilation = int(a.p.dilation);
-  int slice, tile_column, w, c;
+  int slice, tile_column, c;
   const int split = a.slices(blockIdx.x, slice);
   const int first_plane = a.column_tiles(slice, tile_column);
   tile_column *= tx * V;
 
-  // The thread's columns: where they are in out and in.
-  w = a.pixel_begin + a.pixel(tile_column + lane * V, c);
-  const bool owned = w >= 0 && w < a.out_width;
-  int in_w = Gradient ? w + int(a.p.padding_w) : w * int(a.p.stride_w) - int(a.p.padding_w);
-  bool reached = w < a.pixel_end && in_w >= 0;
-  if (Gradient && a.p.stride_w > 1) reached = reached && in_w % int(a.p.stride_w) == 0, in_w /= int(a.p.stride_w);
-  reached = reached && in_w < a.in_width;
+  // The thread's columns: where they are in out and in. Transposed, to a pixel of in belong those of out up to the next.
+  const int pixel = a.pixel(tile_column + lane * V, c), of_y = a.pixel_begin + pixel, of_x = of_y * int(a.p.stride_w) - int(a.p.padding_w);
+  const int w = Gradient ? of_x : of_y, in_w = Gradient ? of_y : of_x;
+  const bool walked = pixel < a.pixels, owned = walked && w >= 0 && w < a.out_width, reached = walked && in_w >= 0 && in_w < a.in_width;
   const int in_column = in_w * int(a.pixel.divisor) + c, out_column = w * int(a.pixel.divisor) + c;
   const uint32_t in_stride = a.in_columns * a.in_step.divisor, out_stride = a.out_columns * a.out_step.divisor;
 
@@ -176,7 +174,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
     for (int i = threadIdx.x; i < K * tx * V; i += blockDim.x) {
       int channel;
       a.channels(tile_column + i / K, channel);
-      reinterpret_cast<T*>(weights)[i % K * tx * V + i / K] = weight[channel * K + i % K];
+      reinterpret_cast<T*>(weights)[i % K * tx * V + i / K] = weight[int64_t(channel) * K + i % K];
     }
     __syncthreads();
   }
@@ -187,10 +185,11 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
     int group, channel = first_plane;
     const int plane = a.groups(line, group) * a.plane_step + first_plane;
     if (!Gradient || ChannelsLast) a.channels(plane, channel);
+    const T* const own_weight = weight + int64_t(channel) * K;
     int row = a.row_begin;
     if (a.out_step.divisor > 1) row += a.groups_per_residue(group, group);
     row += group * R * int(a.out_step.divisor);
-    const uint32_t mine = owned ? bits(a.out_step.steps(-row), min(R, a.out_step.steps(a.out_rows - row))) : 0;  // of the R rows
+    const uint32_t inside = bits(a.out_step.steps(-row), min(R, a.out_step.steps(a.out_rows - row))), mine = owned ? inside : 0;  // of the R rows
     const uint32_t paired = Gradient && reached && dots ? mine : 0;
     const int64_t out_at = plane * a.out_plane + int64_t(row) * int(a.out_columns) + out_column;
     const T* const plane_in = in + (plane * a.in_plane + in_column);
@@ -228,7 +227,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           const int j = Gradient ? M - 1 - m : m;
-          wk[m] = !ChannelsLast && weight && j < taps ? widen(weight[channel * K + first + j * a.taps_step]) : Sum<T>(0);
+          wk[m] = !ChannelsLast && weight && j < taps ? widen(own_weight[first + j * a.taps_step]) : Sum<T>(0);
         }
         fetch<V, R + M - 1>(rows, plane_in + int64_t(in_row) * int(a.in_columns), in_stride, taps == M ? valid : valid & needed);
         if (Gradient && a.has_bias_sum && first == 0) {  // a row of grad_output meets tap 0, here in row R + M - 1, just once
@@ -275,6 +274,15 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
 #pragma unroll
       for (int r = 0; r < R; ++r, at += out_stride)
         if (mine >> r & 1) store<V>(to + at, pack<T, V>(acc[r]));
+      if (Gradient && a.p.stride_w > 1 && walked) {  // pixels that none of in reaches
+#pragma unroll 1
+        for (int64_t i = max(w + 1, 0); i < min(w + a.p.stride_w, int64_t(a.out_width)); ++i) {
+          at = (i - w) * a.pixel.divisor;
+#pragma unroll
+          for (int r = 0; r < R; ++r, at += out_stride)
+            if (inside >> r & 1) store<V>(to + at, Packed<T, V>{});
+        }
+      }
     }
   }
 
@@ -287,7 +295,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
         Sum<T> sum = 0;
         for (int j = first; j < tx * V; j += channels)
           for (int t = j / V; t < blockDim.x; t += tx) sum += sums[k * blockDim.x + t].at[j % V];
-        if (const bool whole = channels == a.p.C; whole || pixel < a.pixel_end - a.pixel_begin) partial[(int64_t(c) * a.blocks + (whole ? slice : pixel) * a.splits + split) * (dots + 1) + k] = sum;
+        if (const bool whole = channels == a.p.C; whole || pixel < a.pixels) partial[(int64_t(c) * a.blocks + (whole ? slice : pixel) * a.splits + split) * (dots + 1) + k] = sum;
       }
     } else {
       for (int i = threadIdx.x / 32; i <= dots; i += blockDim.x / 32) {
@@ -324,7 +332,9 @@ template <class V> __device__ V at(const unsigned char* p) { return *reinterpret
 
 // How a launch marches over its planes, in channels_last at stride 1.
 struct March : Pass {
-  int column_begin, columns;           // numbers of a row that are walked, in out: beyond its own where a bias gradient wants that
+  int column_begin, columns;           // numbers of `images` rows side by side that are walked; of a row the first of them, in out:
+  int images;                          // beyond its own where a bias gradient wants that
+  Divisor row;                         // numbers of one of them
   int in_shift;                        // number of in that meets number 0 of out
   Divisor channels, dilation, residues;  // rows of one residue class modulo the dilation form a plane of their own
   int planes, band_rows;
@@ -375,7 +385,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
   const int K = a.K, d = a.dilation.divisor;
   int tile, band, c;
   const int split = a.bands(a.tiles(blockIdx.x, tile), band), first_column = tile * march_threads * V;
-  const int walked = first_column + threadIdx.x * V, column = a.column_begin + walked, in_column = column + a.in_shift;
+  const int walked = first_column + threadIdx.x * V, image = a.row(walked, c), column = a.column_begin + c, in_column = column + a.in_shift;
   const bool busy = walked < a.columns, owned = busy && column >= 0 && column < int(a.out_columns), reached = busy && in_column >= 0 && in_column < int(a.in_columns);
   const bool up = band % 2;
   const int row_step = up ? -d : d;
@@ -392,7 +402,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
   for (int plane = split; plane < a.planes; plane += a.splits) {
     // Step i meets row in_row + i * row_step, and from i = K - 1 on makes row out_row + (i - K + 1) * row_step.
     int out_row;
-    const int n = a.residues(plane, out_row);
+    const int64_t n = a.residues(plane, out_row) * a.images + image;
     out_row += band * a.band_rows * d;
     const int rows = max(min(a.band_rows, a.dilation.steps(a.out_rows - out_row)), 0), steps = rows ? rows + K - 1 : 0;
     if (up) out_row += (rows - 1) * d;
@@ -624,7 +634,7 @@ template <class T> __device__ uint32_t max_nan(uint32_t a, uint32_t b) {
   return a;
 }
 
-constexpr int step = 32, strip_bytes = 128, overlap = 8, aligned_pitch = strip_bytes + 16;
+constexpr int step = 32, strip_bytes = 128, aligned_pitch = strip_bytes + 16;
 template <class T> constexpr int strip = strip_bytes / sizeof(T);
 constexpr int pixels = 8;  // of a strip in channels_last
 constexpr int resident_blocks(bool gradient, bool aligned, int size) { return gradient ? 2 : aligned && size == 2 ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
@@ -634,7 +644,7 @@ struct Toeplitz : Pass {
   const void *in_end, *x_end;            // of the tensors
   bool in_even, x_even, out_even;        // strips' rows begin at multiples of 4 bytes
   int64_t in_row, out_row;               // numbers from a row to the next of its residue class, in channels_last
-  int column_begin, advance, last_column;  // of the strips, in out: where the first and the last begin, and from one to the next
+  int column_begin, strip_columns;       // where the first strip begins in out, and columns of each
   Divisor dilation, strips;              // strips: of a plane
   int lines;                             // strips of all planes of a channel
   Divisor bands, residues;               // of a strip
@@ -650,7 +660,7 @@ __device__ Band band(const Toeplitz& a, int unit, int strip) {
   Band of;
   int residue, index, s;
   const int line = a.residues(a.bands(unit, index), residue) * a.side + strip;
-  of.n = a.strips(line, s), of.column = a.column_begin + s * a.advance, of.busy = line < a.lines;
+  of.n = a.strips(line, s), of.column = a.column_begin + s * a.strip_columns, of.busy = line < a.lines;
   of.row = residue + index * a.band_steps * step * int(a.dilation.divisor), of.rows = a.dilation.steps(a.out_rows - of.row);
   of.steps = min(a.band_steps, (of.rows + step - 1) / step);
   return of;
@@ -674,8 +684,8 @@ __device__ int next_steps(const Toeplitz& a, int& unit) {  // of the next unit t
 // D_t and of grad_output (`partial`), which `reduce` adds up in fixed order.
 //
 // Columns can be dealt to the fragments at will: a lane gets contiguous columns of in and of out. A pitch of 16 modulo 128 bytes
-// keeps all this free of bank conflicts. Rows that do not line up with 16 bytes lie in shared memory as they do in global memory;
-// there strips overlap by `overlap` columns, so that, in each row, they can part at a multiple of 16 bytes and are stored 16 bytes at once.
+// keeps all this free of bank conflicts. Rows that do not line up with 16 bytes lie in shared memory as they do in global memory, and
+// are stored 16 bytes at once but for their ends in a strip.
 //
 // Barriers: before a copy, all have read what it replaces; after the wait, all copies have landed, as each warp copies rows for all.
 // They also keep warps in step, so that these read longer stretches of memory. Unaligned gradients are better off without: each
@@ -823,15 +833,6 @@ __device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const u
   }
 }
 
-// Columns [lo, hi) of a strip that are its to store in a row whose first multiple of 16 bytes is at column `head`, and of these the first
-// such multiple. Padded columns of grad_output may take any strips beyond the ends of a row of out, wholly or in part.
-template <class T> __device__ int to_head(const T* row) { return (-int(reinterpret_cast<uintptr_t>(row)) & 15) / int(sizeof(T)); }
-template <class T> __device__ int owned(const Toeplitz& a, int head, int column, int& lo, int& hi) {
-  lo = max(column == a.column_begin ? 0 : head, -column);
-  hi = min(a.out_width - column, column == a.last_column ? strip<T> : head + a.advance);
-  return lo + (head - lo & 7);
-}
-
 // 32 rows of a strip from the definition.
 template <class T>
 __device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weight, float bias, T* out, int n, int c, int first_row, int first_column) {
@@ -841,10 +842,7 @@ __device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weigh
   for (int i = threadIdx.x % 32; i < step * strip<T>; i += 32) {
     const int row = first_row + i / strip<T> * d, column = first_column + i % strip<T>, in_column = column + a.column_shift;
     if (row >= a.out_rows) continue;
-    T* const to = out + (int64_t(row) * a.out_width + first_column);
-    int lo, hi;
-    owned<T>(a, to_head(to), first_column, lo, hi);
-    if (i % strip<T> < lo || i % strip<T> >= hi) continue;
+    if (column < 0 || column >= a.out_width) continue;
     float sum = bias;
 #pragma unroll 1
     for (int k = 0; k < a.K; ++k) {
@@ -852,7 +850,7 @@ __device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weigh
       if (in_column >= 0 && in_column < a.in_width && in_row >= 0 && in_row < a.in_rows)
         sum += widen(weight[a.reversed ? a.K - 1 - k : k]) * widen(in[int64_t(in_row) * a.in_width + in_column]);
     }
-    to[i % strip<T>] = narrow<T>(sum);
+    out[int64_t(row) * a.out_width + column] = narrow<T>(sum);
   }
 }
 
@@ -933,7 +931,6 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   for (int unit = split - a.splits; next_steps(a, unit) > 0;) {
     const Band of = band(a, unit, warp);
     const int in_skipped = skipped(place_in(of)), x_skipped = Gradient ? skipped(place_x(of)) : 0;
-    const bool overlapped = !Aligned && of.column != a.last_column && a.advance < strip<T>;  // by the next strip
     for (int s = -lead; s < of.steps; ++s) {
       meet_warps();
       fetch_in();  // to the slot before that of the step's first pair, which the step before read first
@@ -945,7 +942,6 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           load_rows<T, Aligned>(own[i], mine + a.x_offset + x_skipped + i * 16 * x_pitch, x_pitch, a.x_even, -of.column);
-          if (overlapped) own[i][strip<T> / 16 - 1][0][0][1] = own[i][strip<T> / 16 - 1][0][1][1] = 0;
         }
         meet_warps();
       }
@@ -1040,7 +1036,6 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
           } else {
             uint32_t other[4][1][2][2];
             load_rows<T, Aligned>(other, block, in_pitch, a.in_even);
-            if (overlapped) other[3][0][0][1] = other[3][0][1][1] = 0;
 #pragma unroll
             for (int i = 0; i < 8; ++i) multiply_add<T>(bias_sum, ones, ones, ones, ones, other[i / 2][0][i % 2][0], other[i / 2][0][i % 2][1]);
           }
@@ -1099,19 +1094,17 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
           __syncwarp();
           const int64_t row_numbers = int64_t(d) * a.out_width;
           T* const own_row = to + lane / 8 * row_numbers;
-          const int own_head = to_head(own_row), head_step = 4 * int(row_numbers);
+          const int lo = max(-of.column, 0), hi = min(a.out_width - of.column, strip<T>);  // padded columns of grad_output are none of out
+          const int own_head = -int(reinterpret_cast<uintptr_t>(own_row + lo)) / int(sizeof(T)), head_step = 4 * int(row_numbers);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int r = i * 4 + lane / 8;
-            int lo, hi;
-            const int first = owned<T>(a, own_head - i * head_step & 7, of.column, lo, hi), column = first + lane % 8 * 8;
+            const int first = lo + (own_head - i * head_step & 7), column = first + lane % 8 * 8;
             T* const row = own_row + i * 4 * row_numbers;
             const unsigned char* const from = staged + r * a.out_pitch;
             if (r < rows && column + 8 <= hi) store_16(row + column, at<uint4>(from + column * 2));
-            // What is left at the ends of a row of out.
             const auto store_one = [&](int column, int end) { if (r < rows && column < end) row[column] = at<T>(from + column * 2); };
-            if (of.column <= 0) store_one(lo + lane % 8, min(first, hi));
-            if (of.column + strip<T> >= a.out_width) store_one(max(first, hi - (hi - first & 7)) + lane % 8, hi);
+            store_one(lo + lane % 8, min(first, hi)), store_one(max(first, hi - (hi - first & 7)) + lane % 8, hi);
           }
         }
       }
@@ -1879,15 +1872,13 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<W
   Plan<Walk> plan{{make_pass(c)}};
   Walk& a = plan.a;
   int64_t row_end = a.out_rows;
-  a.pixel_end = a.out_width;
-  if (a.has_bias_sum) {  // all rows that grad_output meets by tap 0
-    a.row_begin = -p.padding_h, row_end = larger(p.H, (p.H_out - 1) * s - p.padding_h + 1);
-    a.pixel_begin = -p.padding_w, a.pixel_end = larger(p.W, (p.W_out - 1) * p.stride_w - p.padding_w + 1);
-  }
+  if (a.has_bias_sum) a.row_begin = -p.padding_h, row_end = larger(p.H, (p.H_out - 1) * s - p.padding_h + 1);  // all rows that grad_output meets by tap 0
+  a.pixel_begin = Gradient && !a.has_bias_sum ? p.padding_w / p.stride_w : 0;
+  a.pixels = (Gradient ? larger(a.has_bias_sum ? p.W_out : 0, ceil_div(p.W + p.padding_w, p.stride_w)) : p.W_out) - a.pixel_begin;
   a.pixel = ChannelsLast ? p.C : 1, a.channels = p.C;
   const int64_t in_step = Gradient ? d / g : s * d / g, out_step = Gradient ? s * d / g : d / g;
   a.in_step = in_step, a.out_step = out_step, a.taps_step = s / g;
-  const int64_t rows = row_end - a.row_begin, pixels = a.pixel_end - a.pixel_begin, vectors = pixels * a.pixel.divisor / V, planes = ChannelsLast ? p.N : p.N * p.C;
+  const int64_t rows = row_end - a.row_begin, vectors = a.pixels * int64_t(a.pixel.divisor) / V, planes = ChannelsLast ? p.N : p.N * p.C;
   const int64_t groups_per_residue = ceil_div(ceil_div(rows, out_step), R), groups = smaller(out_step, rows) * groups_per_residue;
   a.plane_step = Gradient && !ChannelsLast ? p.C : 1;
   const int64_t lines = planes / a.plane_step * groups, widest = larger(p.W, p.W_out) * a.pixel.divisor;
@@ -1908,15 +1899,16 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<W
 
   const int64_t column_tiles = ceil_div(vectors, 1 << a.log2_tx), slices = column_tiles * a.plane_step, tiles = ceil_div(lines, plan.threads >> a.log2_tx);
   a.column_tiles = column_tiles, a.slices = slices;
-  if (!Gradient && (!ChannelsLast || (M == 3 && sizeof(T) == 4))) a.splits = ceil_div(tiles, ceil_div(tiles * slices, 128 * current_device().multiprocessors));  // these blocks cost nothing
+  if (!Gradient && (!ChannelsLast || (M == 3 && sizeof(T) == 4))) a.splits = ceil_div(tiles, ceil_div(tiles * slices, (ChannelsLast ? 128 : 256) * current_device().multiprocessors));  // these blocks cost nothing
   else {
     int resident = 1;
     allow(walk<T, V, R, M, ChannelsLast, Gradient>, plan.shared);
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, walk<T, V, R, M, ChannelsLast, Gradient>, plan.threads, plan.shared);
     a.splits = deal(slices, tiles, resident, Gradient ? 4 : 0);
+    if (Gradient && !ChannelsLast) a.splits = smaller(a.splits * larger(64 / (p.K + 1), 1), tiles);
   }
   plan.blocks = slices * a.splits;
-  a.blocks = (ChannelsLast && p.C > V << a.log2_tx ? pixels : column_tiles) * a.splits;
+  a.blocks = (ChannelsLast && p.C > V << a.log2_tx ? a.pixels : column_tiles) * a.splits;
   plan.sums = {.dots = a.dot_end, .blocks = a.blocks};
   return plan;
 }
@@ -1955,13 +1947,20 @@ template <class T, int V, int M, bool Gradient> Plan<March> march_plan(const Cal
   const Problem& p = c.p;
   Plan<March> plan{{make_pass(c)}};
   March& a = plan.a;
-  const int64_t walked = a.has_bias_sum ? p.W_out : a.out_width, tiles = ceil_div(walked * p.C, march_threads * V);
-  const int64_t longest = ceil_div(a.out_rows, p.dilation), residues = smaller(p.dilation, a.out_rows), planes = p.N * residues;
+  const int64_t walked = a.has_bias_sum ? p.W_out : a.out_width;
+  int64_t images = 1, tiles = 1;
+  double filled = 0;
+  for (int64_t i = 1; i <= smaller(p.N, 32) && filled < .8; ++i) {
+    const int64_t needed = ceil_div(i * walked * p.C, march_threads * V);
+    const double fills = double(i * walked * p.C) / (needed * march_threads * V);
+    if (p.N % i == 0 && fills > filled) images = i, tiles = needed, filled = fills;
+  }
+  const int64_t longest = ceil_div(a.out_rows, p.dilation), residues = smaller(p.dilation, a.out_rows), planes = p.N / images * residues;
   // 32-bit indices
   plan.applies = p.K <= M && c.transposed == Gradient && alignment(c) >= V * sizeof(T) && all_below(1 << 30, p.N * a.out_rows * tiles, (tiles + 1) * march_threads * V, p.C * p.K, p.H + 2 * p.padding_h + (p.K + 32) * p.dilation) &&
-                 sees_grad_output(a) && 2 * walked * p.C >= tiles * march_threads * V;
+                 sees_grad_output(a) && filled >= .5;
   if (!plan.applies) return plan;
-  a.column_begin = a.has_bias_sum ? -p.padding_w * p.C : 0, a.columns = walked * p.C, a.in_shift = a.column_shift * p.C;
+  a.column_begin = a.has_bias_sum ? -p.padding_w * p.C : 0, a.columns = images * walked * p.C, a.images = images, a.row = walked * p.C, a.in_shift = a.column_shift * p.C;
   a.channels = p.C, a.tiles = tiles, a.dilation = p.dilation, a.residues = residues, a.planes = planes;
   plan.threads = march_threads;
   plan.shared = march_threads * V * larger(sizeof(T) * (Gradient ? 2 : 1) * march_slots<M>, Gradient ? sizeof(float) * (p.K + 1) : 0);
@@ -1981,7 +1980,7 @@ template <class T, int V, int M, bool Gradient> Plan<March> march_plan(const Cal
       if (cost < best) best = cost, a.bands = bands, a.band_rows = band_rows, a.splits = splits, plan.blocks = tiles * bands * splits, a.blocks = bands * splits;
     }
   }
-  a.blocks *= p.C > march_threads * V ? walked : tiles;
+  a.blocks *= p.C > march_threads * V ? images * walked : tiles;
   plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = a.has_dots};
   return plan;
 }
@@ -2029,10 +2028,10 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   Toeplitz& a = plan.a;
   const Device& device = current_device();
   const bool last = p.channels_last, gradient = a.has_dots || a.has_bias_sum, aligned = aligned_tiles(c);
-  const int size = size_of(p.type), strip = last ? pixels : strip_bytes / size, overlap = last ? 0 : ::overlap;
+  const int size = size_of(p.type), strip = last ? pixels : strip_bytes / size;
   // 32-bit indices of strips, columns and rows
   plan.applies = (aligned || (!last && size == 2)) &&
-                 all_below(1 << 28, p.C * p.N * ceil_div(p.W_out, strip - overlap), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation) && sees_grad_output(a);
+                 all_below(1 << 28, p.C * p.N * ceil_div(p.W_out, strip), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation) && sees_grad_output(a);
   if (!plan.applies) return plan;
   a.tiles = (p.K + 14) / 16 + 1, a.dilation = p.dilation;
   a.in_row = a.in_columns * p.dilation, a.out_row = a.out_columns * p.dilation;
@@ -2045,11 +2044,8 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   };
   a.in_even = multiples(4, c.in, a.column_begin + a.column_shift, a.in_width);
   a.x_even = multiples(4, c.x, a.column_begin, a.out_width), a.out_even = multiples(4, c.out, a.column_begin, a.out_width);
-  a.advance = multiples(16, c.out, a.column_begin, a.out_width) ? strip : strip - overlap;
-  const int64_t strips = columns <= strip ? 1 : ceil_div(columns - (strip - a.advance), a.advance);
-  a.last_column = a.column_begin + (strips - 1) * a.advance;
-  const int64_t lines = p.N * strips, residues = smaller(p.dilation, a.out_rows);
-  a.strips = strips, a.lines = lines, a.residues = residues;
+  const int64_t strips = ceil_div(columns, strip), lines = p.N * strips, residues = smaller(p.dilation, a.out_rows);
+  a.strips = strips, a.strip_columns = strip, a.lines = lines, a.residues = residues;
 
   // Shared memory of a block and of each warp, warps of a strip, and those that registers have room for on a multiprocessor.
   int table = 0, roles = 1, room;
@@ -2083,7 +2079,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   // As few bands as keep the device busy: their first steps read rows of the band before. Costs are in quarters of a step.
   // More waves than needed: smaller blocks, which the device starts in the order of memory, share what they read of it.
   const int warps = a.groups * a.side;
-  const int64_t least = gradient || last ? 1 : aligned ? 2 : 8, blocks = device.multiprocessors * resident(warps);
+  const int64_t least = gradient || !aligned ? 1 : size == 4 ? 4 : 2, blocks = device.multiprocessors * resident(warps);
   const int64_t steps = ceil_div(ceil_div(a.out_rows, p.dilation), step), sides = ceil_div(lines, a.side);
   int64_t best = INT64_MAX;
   for (int64_t bands = 1; bands <= smaller(steps, 64); ++bands) {
@@ -2148,7 +2144,10 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   plan.shared = a.slots_at + larger(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
   const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
   if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
-  a.splits = deal(slices, a.chunks, blocks, 2);
+  // Many short blocks, which the device starts in the order of memory: L2 has the rows that bands share.
+  constexpr int brief = Gradient ? 4 : 2;  // chunks
+  const bool many = a.chunks * slices > brief * brief * blocks * device.multiprocessors && a.slot_bytes > 20 << 10;
+  a.splits = many ? ceil_div(a.chunks, brief) : deal(slices, a.chunks, blocks, 2);
   plan.blocks = slices * a.splits, plan.threads = bulk_threads;
   a.blocks = a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks};
   return plan;
@@ -2164,11 +2163,12 @@ template <class T> Outcome launch_bulk(const Call& c) {
   const Problem& p = c.p;
   const auto by = [&]<int R, int M, bool Strided> { return (c.transposed ? bulk_by<T, R, M, true, Strided> : bulk_by<T, R, M, false, Strided>)(c); };
   if (p.stride_h > 1 || p.stride_w > 1) {
-    if constexpr (sizeof(T) == 4) return bulk_by<T, 8, 2, true, true>(c);
-    return by.template operator()<8, 2, true>();
+    if constexpr (sizeof(T) == 4) return bulk_by<T, 8, 2, true, true>(c);  // launched for nothing else
+    else return by.template operator()<8, 2, true>();
   }
   if (p.K <= 3) return by.template operator()<8, 3, false>();
-  return larger(p.H, p.H_out) <= 7 ? by.template operator()<7, 0, false>() : by.template operator()<8, 7, false>();
+  if (larger(p.H, p.H_out) <= 7) return by.template operator()<7, 0, false>();
+  return round_up(p.K, 5) < round_up(p.K, 7) ? by.template operator()<8, 5, false>() : by.template operator()<8, 7, false>();
 }
 }  // namespace
 
@@ -2267,7 +2267,6 @@ Outcome walk_f64(const Call& c) { return launch_walk<double, 1, 7>(c); }
 Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
 // ---- end of a part ----
 Outcome bulk_f16(const Call& c) { return launch_bulk<f16>(c); }
-Outcome bulk_bf16(const Call& c) { return launch_bulk<bf16>(c); }
 // ---- end of a part ----
 Outcome low_f32(const Call& c) { return c.transposed ? low_by<float, true>(c) : low_by<float, false>(c); }
 Outcome walk_3_f32(const Call& c) { return launch_walk<float, 4, 3>(c); }
@@ -2287,6 +2286,7 @@ Outcome walk_1_bf16(const Call& c) { return launch_walk<bf16, 1, 7>(c); }
 Outcome toeplitz_f16(const Call& c) { return launch_toeplitz<f16>(c); }
 Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<bf16>(c); }
 // ---- end of a part ----
+Outcome bulk_bf16(const Call& c) { return launch_bulk<bf16>(c); }
 Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
 Outcome toeplitz_last_f16(const Call& c) { return launch_toeplitz_last<f16>(c); }
 Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<bf16>(c); }
