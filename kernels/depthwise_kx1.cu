@@ -185,11 +185,11 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
     int group, channel = first_plane;
     const int plane = a.groups(line, group) * a.plane_step + first_plane;
     if (!Gradient || ChannelsLast) a.channels(plane, channel);
-    const T* const own_weight = weight + int64_t(channel) * K;
     int row = a.row_begin;
     if (a.out_step.divisor > 1) row += a.groups_per_residue(group, group);
     row += group * R * int(a.out_step.divisor);
-    const uint32_t inside = bits(a.out_step.steps(-row), min(R, a.out_step.steps(a.out_rows - row))), mine = owned ? inside : 0;  // of the R rows
+    const auto inside = [&] { return bits(a.out_step.steps(-row), min(R, a.out_step.steps(a.out_rows - row))); };  // of the R rows
+    const uint32_t mine = owned ? inside() : 0;
     const uint32_t paired = Gradient && reached && dots ? mine : 0;
     const int64_t out_at = plane * a.out_plane + int64_t(row) * int(a.out_columns) + out_column;
     const T* const plane_in = in + (plane * a.in_plane + in_column);
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           const int j = Gradient ? M - 1 - m : m;
-          wk[m] = !ChannelsLast && weight && j < taps ? widen(own_weight[first + j * a.taps_step]) : Sum<T>(0);
+          wk[m] = !ChannelsLast && weight && j < taps ? widen(weight[int64_t(channel) * K + first + j * a.taps_step]) : Sum<T>(0);
         }
         fetch<V, R + M - 1>(rows, plane_in + int64_t(in_row) * int(a.in_columns), in_stride, taps == M ? valid : valid & needed);
         if (Gradient && a.has_bias_sum && first == 0) {  // a row of grad_output meets tap 0, here in row R + M - 1, just once
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
           at = (i - w) * a.pixel.divisor;
 #pragma unroll
           for (int r = 0; r < R; ++r, at += out_stride)
-            if (inside >> r & 1) store<V>(to + at, Packed<T, V>{});
+            if (inside() >> r & 1) store<V>(to + at, Packed<T, V>{});
         }
       }
     }
@@ -391,6 +391,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
   const int row_step = up ? -d : d;
   const int64_t in_step = int64_t(row_step) * a.in_columns, out_step = int64_t(row_step) * a.out_columns;
   a.channels(walked, c);
+  const int64_t image_in = image * a.in_plane + in_column, image_out = image * a.out_plane + column;
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -402,14 +403,14 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
   for (int plane = split; plane < a.planes; plane += a.splits) {
     // Step i meets row in_row + i * row_step, and from i = K - 1 on makes row out_row + (i - K + 1) * row_step.
     int out_row;
-    const int64_t n = a.residues(plane, out_row) * a.images + image;
+    const int n = a.residues(plane, out_row) * a.images;
     out_row += band * a.band_rows * d;
     const int rows = max(min(a.band_rows, a.dilation.steps(a.out_rows - out_row)), 0), steps = rows ? rows + K - 1 : 0;
     if (up) out_row += (rows - 1) * d;
     const int in_row = out_row + a.row_shift + (up ? (K - 1) * d : 0);
     const int inside = a.dilation.steps(up ? in_row - a.in_rows + 1 : -in_row), inside_end = a.dilation.steps(up ? in_row + 1 : a.in_rows - in_row);
-    const int64_t out_at = n * a.out_plane + int64_t(out_row) * a.out_columns + column;
-    const T* next_in = in + (n * a.in_plane + int64_t(in_row) * a.in_columns + in_column);
+    const int64_t out_at = n * a.out_plane + int64_t(out_row) * a.out_columns + image_out;
+    const T* next_in = in + (n * a.in_plane + int64_t(in_row) * a.in_columns + image_in);
     const T* next_x = Gradient ? x + (out_at - (K - 1) * out_step) : x;
     const auto fetch = [&](int i, int slot) {
       copy_async<bytes>(mine + slot * slot_bytes, next_in, reached && uint32_t(i - inside) < uint32_t(inside_end - inside) ? bytes : 0), next_in += in_step;
@@ -497,7 +498,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
           for (int k = 0; k < K; ++k) {
             const int row = out_row + r * row_step + a.row_shift + k * d;
             if (reached && row >= 0 && row < a.in_rows)
-              sum += widen(weight[channel * K + (Gradient ? K - 1 - k : k)]) * widen(in[n * a.in_plane + int64_t(row) * a.in_columns + in_column + v]);
+              sum += widen(weight[channel * K + (Gradient ? K - 1 - k : k)]) * widen(in[n * a.in_plane + int64_t(row) * a.in_columns + image_in + v]);
           }
           out[out_at + r * out_step + v] = narrow<T>(sum);
         }
@@ -529,7 +530,8 @@ struct Low : Pass {
 // For channels_last planes of `low_rows` rows, in and out, which meet those up to half as many above and below: a thread takes a column of
 // V channels whole. Reads in (and x if Gradient) once, writes out once. Registers: the rows of in, out and x, those of in and x of the
 // next column, which are under way, the taps, and if Gradient their sums and that of grad_output.
-constexpr int low_rows = 7, low_threads = 128, low_blocks = 5;  // of a multiprocessor, for which registers have room
+constexpr int low_rows = 7, low_threads = 128;
+constexpr int low_blocks = 5;  // of a multiprocessor, for which registers have room
 template <class T, int V, bool Gradient>
 __global__ void __launch_bounds__(low_threads, low_blocks)
 low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
@@ -1899,13 +1901,16 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<W
 
   const int64_t column_tiles = ceil_div(vectors, 1 << a.log2_tx), slices = column_tiles * a.plane_step, tiles = ceil_div(lines, plan.threads >> a.log2_tx);
   a.column_tiles = column_tiles, a.slices = slices;
-  if (!Gradient && (!ChannelsLast || (M == 3 && sizeof(T) == 4))) a.splits = ceil_div(tiles, ceil_div(tiles * slices, (ChannelsLast ? 128 : 256) * current_device().multiprocessors));  // these blocks cost nothing
-  else {
+  // The device starts blocks in the order of memory: of short ones, neighbours read the rows they share at the same time, and L2 has them.
+  // But each reads its weights, if channels_last, and adds up its sums, if Gradient.
+  if (!Gradient && (!ChannelsLast || (M == 3 && sizeof(T) == 4))) {
+    a.splits = ceil_div(tiles, ceil_div(tiles * slices, (ChannelsLast || V == 8 ? 128 : 256) * current_device().multiprocessors));
+  } else {
     int resident = 1;
     allow(walk<T, V, R, M, ChannelsLast, Gradient>, plan.shared);
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, walk<T, V, R, M, ChannelsLast, Gradient>, plan.threads, plan.shared);
     a.splits = deal(slices, tiles, resident, Gradient ? 4 : 0);
-    if (Gradient && !ChannelsLast) a.splits = smaller(a.splits * larger(64 / (p.K + 1), 1), tiles);
+    if (Gradient && !ChannelsLast) a.splits = smaller(a.splits * (p.K < 16 ? 64 / (p.K + 1) : 1), tiles);
   }
   plan.blocks = slices * a.splits;
   a.blocks = (ChannelsLast && p.C > V << a.log2_tx ? a.pixels : column_tiles) * a.splits;
@@ -1948,7 +1953,7 @@ template <class T, int V, int M, bool Gradient> Plan<March> march_plan(const Cal
   Plan<March> plan{{make_pass(c)}};
   March& a = plan.a;
   const int64_t walked = a.has_bias_sum ? p.W_out : a.out_width;
-  int64_t images = 1, tiles = 1;
+  int64_t images = 1, tiles = 1;  // as few images side by side as fill tiles
   double filled = 0;
   for (int64_t i = 1; i <= smaller(p.N, 32) && filled < .8; ++i) {
     const int64_t needed = ceil_div(i * walked * p.C, march_threads * V);
@@ -1967,7 +1972,7 @@ template <class T, int V, int M, bool Gradient> Plan<March> march_plan(const Cal
 
   // As few bands as keep 8 warps of a multiprocessor busy: rows where they meet are read twice. Costs are in rows.
   const Device& device = current_device();
-  const int64_t resident = smaller(march_blocks(M, V, Gradient), device.shared_per_multiprocessor / (plan.shared + 1024)), least = smaller(resident, M > 11 ? resident : 2);
+  const int64_t resident = smaller(march_blocks(M, V, Gradient), device.shared_per_multiprocessor / (plan.shared + 1024)), least = smaller(resident, M == 21 ? resident : 2);
   const double ending = Gradient ? 4 + 5. * (p.K + 1) / sizeof(T) * fmin(1., double(p.C) / (march_threads * V)) : 0;  // writes the sums
   double best = 1e30;
   for (int64_t bands = 1; bands <= smaller(longest, 64); ++bands) {
@@ -2144,7 +2149,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   plan.shared = a.slots_at + larger(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
   const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
   if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
-  // Many short blocks, which the device starts in the order of memory: L2 has the rows that bands share.
+  // As in `walk`, short blocks where there are many chunks.
   constexpr int brief = Gradient ? 4 : 2;  // chunks
   const bool many = a.chunks * slices > brief * brief * blocks * device.multiprocessors && a.slot_bytes > 20 << 10;
   a.splits = many ? ceil_div(a.chunks, brief) : deal(slices, a.chunks, blocks, 2);
@@ -2163,7 +2168,7 @@ template <class T> Outcome launch_bulk(const Call& c) {
   const Problem& p = c.p;
   const auto by = [&]<int R, int M, bool Strided> { return (c.transposed ? bulk_by<T, R, M, true, Strided> : bulk_by<T, R, M, false, Strided>)(c); };
   if (p.stride_h > 1 || p.stride_w > 1) {
-    if constexpr (sizeof(T) == 4) return bulk_by<T, 8, 2, true, true>(c);  // launched for nothing else
+    if constexpr (sizeof(T) == 4) return bulk_by<T, 8, 2, true, true>(c);
     else return by.template operator()<8, 2, true>();
   }
   if (p.K <= 3) return by.template operator()<8, 3, false>();
