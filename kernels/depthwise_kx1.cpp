@@ -204,8 +204,27 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 #pragma GCC unroll 16
     for (int i = 0; i < size; i++) if (i < rows) *(V*)(to + i * to_row) = a[i];
   }
-  // Planes that lie one behind another and are too small to be transposed where they are; whole vectors of them reach into the next.
-  template <class T> static INLINE bool tiny(const View& v, const Tile& t, int64_t n) { return most == 7 && t.lanes == size && t.present == size && v.lane == n && n < at_once<T>; }
+  // to[i * to_lane + e] = number from[e] of vector which[e] of those at in + i * in_lane, n of them; i: each `size` of count
+  static INLINE void permute(R* to, int64_t to_lane, const R* in, int64_t in_lane, int64_t in_step, int64_t n, const I& which, const I& from, int64_t count) {
+    for (int64_t i = 0; i < count; i += size) {
+      const R* p = in + i * in_lane;
+      V v = {};
+      for (int64_t k = 0; k < n; k++, p += in_step) {
+        const V a = *(const V*)p;
+        v = which == Int(k) ? shuffle(a, a, from) : v;
+      }
+      *(V*)(to + i * to_lane) = v;
+    }
+  }
+  static INLINE I count() {
+    I i;
+#pragma GCC unroll 16
+    for (int e = 0; e < size; e++) i[e] = e;
+    return i;
+  }
+  // Planes of n numbers that lie one behind another, too small to be transposed where they are, are taken some vectors at a time.
+  static constexpr int64_t buffered = 64;
+  template <class T> static INLINE bool tiny(const View& v, const Tile& t, int64_t n) { return most == 7 && t.lanes % size == 0 && n < at_once<T>; }
 
   // n contiguous numbers; the last vectors overlap those before. (The asm keeps the compiler from calling memcpy, which is slow here.)
   template <class T> static INLINE void get(R* dst, const T* src, int64_t count) {
@@ -268,23 +287,41 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       const T* from = src;
       if (run > (px > 1))
         for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run > 4 ? std::max(run, std::min({at_once<T>, end - from, dst_end - dst - i})) : run);  // whole vectors, even into what follows
-      else if (tiny<T>(v, t, nq)) {
-        R planes[size * (at_once<T> + 1)];
-        get(planes, src, size * nq);
-        for (int64_t i = 0, q; i < nq; i += size) q = clamp(i, 0, std::max(nq - size, int64_t(0))), transpose(dst + q * size, size, planes + q, nq, nq - q);
-      } else if (t.lanes == size && px == 1 && nq >= at_once<T>)
-        for (int64_t q = 0; q < nq; q += at_once<T>) {
+      else if (tiny<T>(v, t, v.lane)) {
+        R planes[(buffered + 1) * size];
+        int64_t plane = v.lane, many = buffered / plane * size;
+        for (int64_t first = 0; first < t.lanes; first += many) {
+          many = std::min(many, t.lanes - first);
+          const int64_t present = clamp(t.present - first, 0, many);
+          if (present < many) std::fill(planes, planes + many * plane, R(0));
+          if (present) get(planes, src + first * plane, (present - 1) * plane + (nq - 1) * px + 1);
+          if (2 * plane <= size || px > 1)
+            for (int64_t q = 0; q < nq; q++) {
+              const I at = count() * Int(plane) + Int(q * px);
+              permute(dst + q * t.lanes + first, 1, planes, plane, size, plane, at / Int(size), at & Int(size - 1), many);
+            }
+          else
+            for (int64_t l = 0; l < many; l += size)
+              for (int64_t i = 0, q; i < nq; i += size) q = clamp(i, 0, std::max(nq - size, int64_t(0))), transpose(dst + q * t.lanes + first + l, t.lanes, planes + l * plane + q, plane, nq - q);
+        }
+      } else if (t.lanes % size == 0 && px == 1 && nq >= at_once<T>)
+        for (int64_t first = 0; first < t.lanes; first += size) for (int64_t q = 0; q < nq; q += at_once<T>) {
           q = std::min(q, nq - at_once<T>);  // the last ones again, rather than fewer
+          R* to = dst + q * t.lanes + first;
           V a[size];
 #pragma GCC unroll 16
-          for (int l = 0; l < size; l++) a[l] = l < t.present ? (V)*(const Bits*)(src + l * v.lane + q) : V{};
+          for (int l = 0; l < size; l++) a[l] = first + l < t.present ? (V)*(const Bits*)(src + (first + l) * v.lane + q) : V{};
           transpose(a);
           if constexpr (vectors<T> == 1) {
 #pragma GCC unroll 16
-            for (int l = 0; l < size; l++) *(V*)(dst + (q + l) * size) = a[l];
+            for (int l = 0; l < size; l++) *(V*)(to + l * t.lanes) = a[l];
           } else {
 #pragma GCC unroll 1
-            for (int l = 0; l < size; l++) get((V*)(dst + (q + 2 * l) * size), (const T*)&a[l]);
+            for (int l = 0; l < size; l++) {
+              V pair[2];
+              get(pair, (const T*)&a[l]);
+              *(V*)(to + 2 * l * t.lanes) = pair[0], *(V*)(to + (2 * l + 1) * t.lanes) = pair[1];
+            }
           }
         }
       else if (t.lanes == 1 && px == 2)
@@ -307,24 +344,39 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       T* to = dst;
       if (run > (px > 1))
         for (int64_t i = 0; i < n; i += run, to += px) put(to, src + i, run);
-      else if (tiny<T>(v, t, nq)) {
-        R planes[size * (at_once<T> + 1)];
-        for (int64_t i = 0, q; i < nq; i += size) q = clamp(i, 0, std::max(nq - size, int64_t(0))), transpose(planes + q, nq, src + q * size, size, size);
-        put(dst, planes, size * nq);
-      } else if (t.lanes == size && px == 1 && nq >= at_once<T>)
-        for (int64_t q = 0; q < nq; q += at_once<T>) {
+      else if (v.lane == nq && tiny<T>(v, t, nq)) {
+        R planes[(buffered + 1) * size];
+        int64_t many = buffered / nq * size;
+        for (int64_t first = 0; first < t.present; first += many) {
+          many = std::min(many, t.lanes - first);
+          if (2 * nq <= size)
+            for (int64_t i = 0; i < nq; i++) {
+              const I to = count() + Int(i * size), lane = to * Int(65536 / nq + 1) >> 16;
+              permute(planes + i * size, nq, src + first, 1, t.lanes, nq, to - lane * Int(nq), lane, many);
+            }
+          else
+            for (int64_t l = 0; l < many; l += size)
+              for (int64_t i = 0, q; i < nq; i += size) q = clamp(i, 0, std::max(nq - size, int64_t(0))), transpose(planes + l * nq + q, nq, src + q * t.lanes + first + l, t.lanes, size);
+          put(dst + first * nq, planes, std::min(many, t.present - first) * nq);
+        }
+      } else if (t.lanes % size == 0 && px == 1 && nq >= at_once<T>)
+        for (int64_t first = 0; first < t.lanes; first += size) for (int64_t q = 0; q < nq; q += at_once<T>) {
           q = std::min(q, nq - at_once<T>);
+          const R* from = src + q * t.lanes + first;
           V a[size];
           if constexpr (vectors<T> == 1) {
 #pragma GCC unroll 16
-            for (int l = 0; l < size; l++) a[l] = *(const V*)(src + (q + l) * size);
+            for (int l = 0; l < size; l++) a[l] = *(const V*)(from + l * t.lanes);
           } else {
 #pragma GCC unroll 1
-            for (int l = 0; l < size; l++) put((T*)&a[l], (const V*)(src + (q + 2 * l) * size));
+            for (int l = 0; l < size; l++) {
+              const V pair[2] = {*(const V*)(from + 2 * l * t.lanes), *(const V*)(from + (2 * l + 1) * t.lanes)};
+              put((T*)&a[l], pair);
+            }
           }
           transpose(a);
 #pragma GCC unroll 16
-          for (int l = 0; l < size; l++) if (l < t.present) *(Bits*)(dst + l * v.lane + q) = a[l];
+          for (int l = 0; l < size; l++) if (first + l < t.present) *(Bits*)(dst + (first + l) * v.lane + q) = a[l];
         }
       else if (t.lanes == 1 && px == 2)
         put_second(dst, src, nq, *values);
@@ -535,7 +587,7 @@ struct Job {
   int64_t q_begin, q_end, nq, band;    // columns that meet x; columns per tile, rows of out per tile,
   int64_t cut;                         // a multiple of this many
   int64_t column_tiles, bands, groups, in_rows, slots;
-  int64_t first, skip;                 // where a strided tensor is packed with all of its columns: the first slot in use, and how many behind each pixel are not
+  int64_t first, skip;                 // where a strided tensor is packed with all of its columns: the first in use, and how many behind each are not
   int bytes;                           // per vector
   double* sums;                        // of every task, (K + 1) x lanes: weight gradients, bias gradient
 };
@@ -545,21 +597,21 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   const Problem& p = j.p;
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
   const int64_t bands = j.bands, units = j.sets * bands * j.column_tiles, w_tap = (ceil_div(j.lanes, 32) + 2) * 32;
-  const int64_t full = (ns + vector - 1) / vector * vector, tap = (p.channels_last ? full : std::min<int64_t>(full, 64)) + vector;
+  const int64_t full = (ns + vector - 1) / vector * vector, tap = (p.channels_last ? full : std::min(full, std::max<int64_t>(j.lanes, 64))) + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
-  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out) + 256);  // and what the last transposition reads too much
+  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out) + 16 * j.lanes);  // and what the last transposition reads too much
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
   R *weights = scratch.get(), *init = weights + (K + 1) * w_tap, *sums = init + w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out;
   const bool whole_in = j.skip && j.forward, whole_out = j.skip && !j.forward;
-  if (whole_out) std::fill(buffer_out, buffer_x, R(0));
   std::vector<const void*> table(8 * (K + 1));
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
   for (int64_t t = begin, built = -1; t < end; t++) {
-    int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = p.channels_last ? std::min(j.lanes, j.channels - c0) : j.lanes;
+    int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = std::min(j.lanes, p.channels_last ? j.channels - c0 : ceil_div(j.channels - c0, vector) * vector);
     const int64_t padded = ceil_div(lanes, j.unit) * j.unit;
+    auto row = [&](int64_t columns) { return (columns * lanes + vector - 1) / vector * vector; };  // of slots, packed
     auto build = [&](auto* to, int64_t k, int64_t width) {
       for (int64_t i = 0, c = c0; i < width; i++, c = c + 1 < p.C ? c + 1 : 0) {
         if (width > lanes && i == width - vector) c = c0 + lanes - vector;
@@ -571,6 +623,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       else for (int64_t i = width, n; i < w_tap; i += n) n = std::min(i, w_tap - i), std::copy(to, to + n, to + i);
     };
     if (c0 != built) {
+      if (whole_out) std::fill(buffer_out, buffer_x, R(0));
       build(init, K, lanes);
       for (int64_t k = j.weight ? 0 : K; k <= K; k++) j.direct ? build((T*)weights + k * w_tap, k, padded) : build(weights + k * w_tap, k, lanes);
     }
@@ -606,7 +659,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto apart = [&](const View& v) { return (p.channels_last ? 1 : j.channels) * v.rows * v.row; };
       auto image = [&](const View& v, int64_t n) { return n * apart(v) + c0 * v.lane; };
       const View &vi = j.vin, &vo = j.vout;
-      const int64_t slots = j.direct ? nq * padded : (nq * lanes + vector - 1) / vector * vector;
+      const int64_t slots = j.direct ? nq * padded : row(nq), slots_in = row(whole_in ? vi.width : nq), slots_out = row(whole_out ? vo.width : nq);
       // the rows of in that out rows [o0, o1) meet
       int64_t i0 = j.forward ? o0 * S - pad : ceil_div(o0 + pad - (K - 1) * D, S);
       int64_t i1 = j.forward ? (o1 - 1) * S - pad + (K - 1) * D + 1 : ceil_div(o1 + pad, S);
@@ -646,25 +699,28 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto in_place = [&](const View& v, auto* from, int64_t row) {
         return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v, n0) + row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, apart(v), padded, v.step * v.px - padded, lanes - vector};
       };
-      auto packed = [&](const View& v, const void* from, auto tile, R* buffer, int64_t room, bool whole) {
+      auto packed = [&](const View& v, const void* from, auto tile, R* buffer, int64_t ns, int64_t room, bool whole) {
         for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, ns});
-        return whole ? Rows<const R>{buffer + j.first, ns, room, lanes, j.skip} : Rows<const R>{buffer, ns, room};
+        return whole ? Rows<const R>{buffer + j.first * lanes, ns, room, lanes, j.skip * lanes} : Rows<const R>{buffer, ns, room};
       };
       if constexpr (!std::is_same_v<T, Half>)  // whose conversion is long: once is enough
         if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, o0), in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), (T*)weights);
       if (!j.direct && nq > 0) {
-        compute(whole_out ? Rows<R>{buffer_out + j.first, ns, room_out, lanes, j.skip} : Rows<R>{buffer_out, ns, room_out},
-                packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in, whole_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out, whole_out), weights);
-        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, (T*)j.out + image(vo, n0 + n), tout(n0 + n), Rows<R>{buffer_out + n * room_out, ns}, init);
+        compute(whole_out ? Rows<R>{buffer_out + j.first * lanes, slots_out, room_out, lanes, j.skip * lanes} : Rows<R>{buffer_out, slots_out, room_out},
+                packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, slots_in, room_in, whole_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, slots_out, room_out, whole_out), weights);
+        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, (T*)j.out + image(vo, n0 + n), tout(n0 + n), Rows<R>{buffer_out + n * room_out, slots_out}, init);
       }
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
-        for (int64_t n = n0, added = 0; n < n0 + images; n++) for (int64_t h = p.H_out * b / bands; h < p.H_out * (b + 1) / bands; h++) {
+        for (int64_t n = n0, added = 0; n < n0 + images; n++) for (int64_t h = p.H_out * b / bands, h1 = p.H_out * (b + 1) / bands, rows; h < h1; h += rows) {
+          rows = j.direct ? 1 : std::min(j.in_rows, h1 - h);
           for (int64_t w = w0, m; w < w1; w += m) {
-            if (++added % 64 == 0) flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
             m = std::min(j.nq, w1 - w);
-            pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad, n), Tile{h, 1, w, m, lanes, present(n)}, Rows<R>{buffer_in, ns});
-            for (int64_t s = 0; s < m * lanes; s++) bias_sums[s] += buffer_in[s];
+            pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad, n), Tile{h, rows, w, m, lanes, present(n)}, Rows<R>{buffer_in, row(m)});
+            for (const R *from = buffer_in, *end = from + rows * row(m); from < end; from += row(m)) {
+              if (++added % 64 == 0) flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
+              for (int64_t s = 0; s < m * lanes; s++) bias_sums[s] += from[s];
+            }
           }
         }
         flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
@@ -713,9 +769,10 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t halo = std::min(halo_all, j.vin.rows), wanted = clamp(budget / std::max(3 * halo + 16, p.K), 64, 1024);
   const bool small = p.stride_w <= 8 && Q <= wanted / vector && p.H * p.W < (j.forward && p.stride_h * p.stride_w == 1 ? 256 : 1024);  // planes, better taken many at a time
   const bool narrow = !p.channels_last && (Q < vector || small);
-  const int64_t parts = ceil_div(p.C, wanted);
-  j.lanes = p.channels_last ? std::min(p.C, ceil_div(ceil_div(p.C, parts), vector) * vector) : narrow ? vector : 1;
-  j.channels = narrow && p.C < vector ? vector / p.C * p.C : p.C;
+  const int64_t most = narrow ? std::max(std::min(2048 / (p.H * p.W), wanted / Q) / vector, int64_t(1)) * vector : wanted;
+  j.channels = narrow ? p.C * clamp(most / p.C, 1, p.N) : p.C;
+  j.lanes = ceil_div(ceil_div(j.channels, ceil_div(j.channels, most)), vector) * vector;
+  j.lanes = p.channels_last ? std::min(p.C, j.lanes) : narrow ? j.lanes : 1;
   j.images = (p.N * p.C + j.channels - 1) / j.channels;
   j.nq = std::min(Q, std::max<int64_t>(1, wanted / j.lanes));
   const int64_t blocks = ceil_div(j.channels, j.lanes);
@@ -730,9 +787,9 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.unit = j.direct && gaps ? at_once : 1;
   if (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) j.bytes = vector_bytes;
   if (j.direct && j.forward && p.stride_w > 1) j.nq = std::min(Q, 8 * wanted / j.lanes);
-  if (narrow && p.stride_w > 1 && p.stride_w <= 8 && Q > 1 && j.nq == j.q_end - j.q_begin) {
+  if (narrow && p.stride_w > 1 && p.stride_w <= 8 && p.W > 1 && j.nq == j.q_end - j.q_begin) {
     View& v = j.forward ? j.vin : j.vout;
-    j.first = (v.col + j.q_begin * v.step) * j.lanes, j.skip = (v.step - 1) * j.lanes;
+    j.first = v.col + j.q_begin * v.step, j.skip = v.step - 1;
     v.col = 0, v.step = 1;
   }
   j.slots = ((j.skip ? p.W : j.nq) * j.lanes + vector - 1) / vector * vector;
