@@ -224,7 +224,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   }
   // Planes of n numbers that lie one behind another, too small to be transposed where they are, are taken some vectors at a time.
   static constexpr int64_t buffered = 64;
-  template <class T> static INLINE bool tiny(const View& v, const Tile& t, int64_t n) { return most == 7 && t.lanes % size == 0 && n < at_once<T>; }
+  template <class T> static INLINE bool tiny(const Tile& t, int64_t n) { return most == 7 && t.lanes % size == 0 && n < at_once<T>; }
 
   // n contiguous numbers; the last vectors overlap those before. (The asm keeps the compiler from calling memcpy, which is slow here.)
   template <class T> static INLINE void get(R* dst, const T* src, int64_t count) {
@@ -287,17 +287,17 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       const T* from = src;
       if (run > (px > 1))
         for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run > 4 ? std::max(run, std::min({at_once<T>, end - from, dst_end - dst - i})) : run);  // whole vectors, even into what follows
-      else if (tiny<T>(v, t, v.lane)) {
+      else if (px == 1 && tiny<T>(t, v.lane)) {
         R planes[(buffered + 1) * size];
         int64_t plane = v.lane, many = buffered / plane * size;
         for (int64_t first = 0; first < t.lanes; first += many) {
           many = std::min(many, t.lanes - first);
           const int64_t present = clamp(t.present - first, 0, many);
           if (present < many) std::fill(planes, planes + many * plane, R(0));
-          if (present) get(planes, src + first * plane, (present - 1) * plane + (nq - 1) * px + 1);
-          if (2 * plane <= size || px > 1)
+          if (present) get(planes, src + first * plane, (present - 1) * plane + nq);
+          if (4 * plane <= size)
             for (int64_t q = 0; q < nq; q++) {
-              const I at = count() * Int(plane) + Int(q * px);
+              const I at = count() * Int(plane) + Int(q);
               permute(dst + q * t.lanes + first, 1, planes, plane, size, plane, at / Int(size), at & Int(size - 1), many);
             }
           else
@@ -344,12 +344,12 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       T* to = dst;
       if (run > (px > 1))
         for (int64_t i = 0; i < n; i += run, to += px) put(to, src + i, run);
-      else if (v.lane == nq && tiny<T>(v, t, nq)) {
+      else if (v.lane == nq && tiny<T>(t, nq)) {
         R planes[(buffered + 1) * size];
         int64_t many = buffered / nq * size;
         for (int64_t first = 0; first < t.present; first += many) {
           many = std::min(many, t.lanes - first);
-          if (2 * nq <= size)
+          if (4 * nq <= size)
             for (int64_t i = 0; i < nq; i++) {
               const I to = count() + Int(i * size), lane = to * Int(65536 / nq + 1) >> 16;
               permute(planes + i * size, nq, src + first, 1, t.lanes, nq, to - lane * Int(nq), lane, many);
@@ -769,7 +769,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t halo = std::min(halo_all, j.vin.rows), wanted = clamp(budget / std::max(3 * halo + 16, p.K), 64, 1024);
   const bool small = p.stride_w <= 8 && Q <= wanted / vector && p.H * p.W < (j.forward && p.stride_h * p.stride_w == 1 ? 256 : 1024);  // planes, better taken many at a time
   const bool narrow = !p.channels_last && (Q < vector || small);
-  const int64_t most = narrow ? std::max(std::min(2048 / (p.H * p.W), wanted / Q) / vector, int64_t(1)) * vector : wanted;
+  const int64_t most = narrow ? std::max(std::min(8192 / (p.H * p.W), wanted / Q) / vector, int64_t(1)) * vector : wanted;
   j.channels = narrow ? p.C * clamp(most / p.C, 1, p.N) : p.C;
   j.lanes = ceil_div(ceil_div(j.channels, ceil_div(j.channels, most)), vector) * vector;
   j.lanes = p.channels_last ? std::min(p.C, j.lanes) : narrow ? j.lanes : 1;
