@@ -753,8 +753,9 @@ template <class F> void parallel(int64_t n, int64_t grain, const F& f) {  // tor
 void run(Job j, void* grad_weight, void* grad_bias) {
   Problem& p = j.p;
   if (p.H * p.W == 1 && p.H_out * p.W_out == 1) p.channels_last = true;  // the orders are the same; this one is faster
-  if (p.channels_last && p.H == 1 && p.H_out == 1 && p.padding_w == 0 && (p.stride_w == 1 || p.W == 1))  // images of one row are one long row
-    p.W_out = p.W *= p.N, p.N = p.stride_h = p.stride_w = 1;
+  if (p.W == 1 && p.W_out == 1) p.stride_w = 1;
+  if (p.channels_last && p.H == 1 && p.H_out == 1 && p.padding_w == 0 && p.W % p.stride_w == 0)  // images of one row are one long row
+    p.W *= p.N, p.W_out *= p.N, p.N = p.stride_h = 1;
   const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), grain = 32768, budget = grain << p.channels_last, halo_all = (p.K - 1) * p.dilation;
   auto view = [&](int64_t rows, int64_t width, int64_t col, int64_t step) {
     return p.channels_last ? View{rows, width, col, step, p.C, width * p.C, 1} : View{rows, width, col, step, 1, width, rows * width};
@@ -787,7 +788,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.unit = j.direct && gaps ? at_once : 1;
   if (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) j.bytes = vector_bytes;
   if (j.direct && j.forward && p.stride_w > 1) j.nq = std::min(Q, 8 * wanted / j.lanes);
-  if (narrow && p.stride_w > 1 && p.stride_w <= 8 && p.W > 1 && j.nq == j.q_end - j.q_begin) {
+  if (narrow && p.stride_w > 1 && p.stride_w <= 8 && j.nq == j.q_end - j.q_begin) {
     View& v = j.forward ? j.vin : j.vout;
     j.first = v.col + j.q_begin * v.step, j.skip = v.step - 1;
     v.col = 0, v.step = 1;
