@@ -770,7 +770,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t halo = std::min(halo_all, j.vin.rows), wanted = clamp(budget / std::max(3 * halo + 16, p.K), 64, 1024);
   const bool small = p.stride_w <= 8 && Q <= wanted / vector && p.H * p.W < (j.forward && p.stride_h * p.stride_w == 1 ? 256 : 1024);  // planes, better taken many at a time
   const bool narrow = !p.channels_last && (Q < vector || small);
-  const int64_t most = narrow ? std::max(std::min(8192 / (p.H * p.W), wanted / Q) / vector, int64_t(1)) * vector : wanted;
+  const int64_t most = narrow ? std::max(std::min({8192 / (p.H * p.W), wanted / Q, 4096 / (p.K + 1)}) / vector, int64_t(1)) * vector : wanted;
   j.channels = narrow ? p.C * clamp(most / p.C, 1, p.N) : p.C;
   j.lanes = ceil_div(ceil_div(j.channels, ceil_div(j.channels, most)), vector) * vector;
   j.lanes = p.channels_last ? std::min(p.C, j.lanes) : narrow ? j.lanes : 1;
