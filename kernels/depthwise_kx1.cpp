@@ -204,26 +204,26 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 #pragma GCC unroll 16
     for (int i = 0; i < size; i++) if (i < rows) *(V*)(to + i * to_row) = a[i];
   }
-  // to[i * to_lane + e] = number from[e] of vector which[e] of those at in + i * in_lane, n of them; i: each `size` of count
-  static INLINE void permute(R* to, int64_t to_lane, const R* in, int64_t in_lane, int64_t in_step, int64_t n, const I& which, const I& from, int64_t count) {
-    for (int64_t i = 0; i < count; i += size) {
-      const R* p = in + i * in_lane;
+
+  // Planes of n numbers, one behind another, that are too small to be transposed where they are: `buffered` vectors of them are, at a time,
+  // by permutations where that takes fewer of them. Each `size` of the lanes gives a vector at `to`: its number e is number from[e] of vector which[e] of n at `in`.
+  static constexpr int64_t buffered = 64;
+  static INLINE void permute(R* to, int64_t to_lane, const R* in, int64_t in_lane, int64_t in_step, int64_t n, const I& which, const I& from, int64_t lanes) {
+    for (int64_t l = 0; l < lanes; l += size) {
       V v = {};
-      for (int64_t k = 0; k < n; k++, p += in_step) {
-        const V a = *(const V*)p;
+      for (int64_t k = 0; k < n; k++) {
+        const V a = *(const V*)(in + l * in_lane + k * in_step);
         v = which == Int(k) ? shuffle(a, a, from) : v;
       }
-      *(V*)(to + i * to_lane) = v;
+      *(V*)(to + l * to_lane) = v;
     }
   }
-  static INLINE I count() {
+  static INLINE I iota() {
     I i;
 #pragma GCC unroll 16
     for (int e = 0; e < size; e++) i[e] = e;
     return i;
   }
-  // Planes of n numbers that lie one behind another, too small to be transposed where they are, are taken some vectors at a time.
-  static constexpr int64_t buffered = 64;
   template <class T> static INLINE bool tiny(const Tile& t, int64_t n) { return most == 7 && t.lanes % size == 0 && n < at_once<T>; }
 
   // n contiguous numbers; the last vectors overlap those before. (The asm keeps the compiler from calling memcpy, which is slow here.)
@@ -294,10 +294,10 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
           many = std::min(many, t.lanes - first);
           const int64_t present = clamp(t.present - first, 0, many);
           if (present < many) std::fill(planes, planes + many * plane, R(0));
-          if (present) get(planes, src + first * plane, (present - 1) * plane + nq);
+          get(planes, src + first * plane, (present - 1) * plane + nq);
           if (4 * plane <= size)
             for (int64_t q = 0; q < nq; q++) {
-              const I at = count() * Int(plane) + Int(q);
+              const I at = iota() * Int(plane) + Int(q);
               permute(dst + q * t.lanes + first, 1, planes, plane, size, plane, at / Int(size), at & Int(size - 1), many);
             }
           else
@@ -351,7 +351,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
           many = std::min(many, t.lanes - first);
           if (4 * nq <= size)
             for (int64_t i = 0; i < nq; i++) {
-              const I to = count() + Int(i * size), lane = to * Int(65536 / nq + 1) >> 16;
+              const I to = iota() + Int(i * size), lane = to * Int(65536 / nq + 1) >> 16;  // to / nq
               permute(planes + i * size, nq, src + first, 1, t.lanes, nq, to - lane * Int(nq), lane, many);
             }
           else
@@ -581,7 +581,7 @@ struct Job {
   void* out;                           // y or grad_input
   bool forward, want_weight, want_bias, direct;
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
-  int64_t lanes, unit;                 // lanes per tile; slots of a pixel are a multiple of unit: its last vector overlaps
+  int64_t lanes, multiple;             // lanes per tile; slots of a pixel are a multiple of this: its last vector overlaps
   int64_t channels, images;            // as regrouped (narrow planes of few channels)
   int64_t together, sets;              // images per tile, if they are small
   int64_t q_begin, q_end, nq, band;    // columns that meet x; columns per tile, rows of out per tile,
@@ -610,7 +610,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
   for (int64_t t = begin, built = -1; t < end; t++) {
     int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = std::min(j.lanes, p.channels_last ? j.channels - c0 : ceil_div(j.channels - c0, vector) * vector);
-    const int64_t padded = ceil_div(lanes, j.unit) * j.unit;
+    const int64_t padded = ceil_div(lanes, j.multiple) * j.multiple;
     auto row = [&](int64_t columns) { return (columns * lanes + vector - 1) / vector * vector; };  // of slots, packed
     auto build = [&](auto* to, int64_t k, int64_t width) {
       for (int64_t i = 0, c = c0; i < width; i++, c = c + 1 < p.C ? c + 1 : 0) {
@@ -619,8 +619,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         if constexpr (std::is_same_v<decltype(to), T*>) to[i] = value;
         else to[i] = load(value);
       }
-      if (width == 1) std::fill(to + 1, to + w_tap, *to);
-      else for (int64_t i = width, n; i < w_tap; i += n) n = std::min(i, w_tap - i), std::copy(to, to + n, to + i);
+      for (int64_t i = width, n; i < w_tap; i += n) n = std::min(i, w_tap - i), std::copy(to, to + n, to + i);
     };
     if (c0 != built) {
       if (whole_out) std::fill(buffer_out, buffer_x, R(0));
@@ -639,11 +638,9 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     auto reduce = [&](int64_t length) {  // of rows so long
       flush_all();
       for (int64_t k = 0; k < K; k++) {
-        int64_t n = period;
-        for (double* a = &totals[k * tap]; n % (2 * common) == 0; ) { n /= 2; for (int64_t s = 0; s < n; s++) a[s] += a[s + n]; }
         for (int64_t l = 0; l < lanes; l++) {
           double sum = 0;
-          for (int64_t s = l; s < n; s += lanes) sum += totals[k * tap + place(s)];
+          for (int64_t s = l; s < period; s += lanes) sum += totals[k * tap + place(s)];
           total[k * j.lanes + l] += sum;
         }
         for (int64_t s = length - length % vector; s < length; s++) total[k * j.lanes + s % lanes] += totals[k * tap + period + place(s - (length - vector))];
@@ -652,14 +649,14 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     };
     for (int64_t u = units * group / j.groups, u1 = units * (group + 1) / j.groups; u < u1; u++) {
       int64_t ct = u / bands / j.sets, b = u % bands, n0 = u / bands % j.sets * j.together, images = std::min(j.together, j.images - n0), Q = j.q_end - j.q_begin;
-      auto cut = [&](int64_t b) { return std::min(ceil_div(j.vout.rows, j.cut) * b / bands * j.cut, j.vout.rows); };
-      int64_t o0 = cut(b), o1 = cut(b + 1);
+      auto edge = [&](int64_t b) { return std::min(ceil_div(j.vout.rows, j.cut) * b / bands * j.cut, j.vout.rows); };
+      int64_t o0 = edge(b), o1 = edge(b + 1);
       int64_t q0 = j.q_begin + Q * ct / j.column_tiles, nq = j.q_begin + Q * (ct + 1) / j.column_tiles - q0;
       auto present = [&](int64_t n) { return p.channels_last ? lanes : std::min({lanes, j.channels - c0, p.N * p.C - (n * j.channels + c0)}); };
       auto apart = [&](const View& v) { return (p.channels_last ? 1 : j.channels) * v.rows * v.row; };
       auto image = [&](const View& v, int64_t n) { return n * apart(v) + c0 * v.lane; };
       const View &vi = j.vin, &vo = j.vout;
-      const int64_t slots = j.direct ? nq * padded : row(nq), slots_in = row(whole_in ? vi.width : nq), slots_out = row(whole_out ? vo.width : nq);
+      const int64_t slots = j.direct ? nq * padded : row(nq);
       // the rows of in that out rows [o0, o1) meet
       int64_t i0 = j.forward ? o0 * S - pad : ceil_div(o0 + pad - (K - 1) * D, S);
       int64_t i1 = j.forward ? (o1 - 1) * S - pad + (K - 1) * D + 1 : ceil_div(o1 + pad, S);
@@ -699,16 +696,20 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto in_place = [&](const View& v, auto* from, int64_t row) {
         return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v, n0) + row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, apart(v), padded, v.step * v.px - padded, lanes - vector};
       };
-      auto packed = [&](const View& v, const void* from, auto tile, R* buffer, int64_t ns, int64_t room, bool whole) {
-        for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, ns});
-        return whole ? Rows<const R>{buffer + j.first * lanes, ns, room, lanes, j.skip * lanes} : Rows<const R>{buffer, ns, room};
+      auto rows = [&](auto* buffer, const View& v, int64_t room, bool whole) {
+        using E = std::remove_pointer_t<decltype(buffer)>;
+        return whole ? Rows<E>{buffer + j.first * lanes, row(v.width), room, lanes, j.skip * lanes} : Rows<E>{buffer, row(nq), room};
+      };
+      auto packed = [&](const View& v, const void* from, auto tile, R* buffer, int64_t room, bool whole) {
+        for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, row(tile(n0 + n).nq)});
+        return rows((const R*)buffer, v, room, whole);
       };
       if constexpr (!std::is_same_v<T, Half>)  // whose conversion is long: once is enough
         if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, o0), in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), (T*)weights);
       if (!j.direct && nq > 0) {
-        compute(whole_out ? Rows<R>{buffer_out + j.first * lanes, slots_out, room_out, lanes, j.skip * lanes} : Rows<R>{buffer_out, slots_out, room_out},
-                packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, slots_in, room_in, whole_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, slots_out, room_out, whole_out), weights);
-        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, (T*)j.out + image(vo, n0 + n), tout(n0 + n), Rows<R>{buffer_out + n * room_out, slots_out}, init);
+        compute(rows(buffer_out, vo, room_out, whole_out),
+                packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in, whole_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out, whole_out), weights);
+        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, (T*)j.out + image(vo, n0 + n), tout(n0 + n), Rows<R>{buffer_out + n * room_out, row(tout(n0 + n).nq)}, init);
       }
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
@@ -780,13 +781,13 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
   const bool gaps = p.channels_last && (p.stride_w > 1 || j.lanes < p.C);
   const int64_t run = gaps ? j.lanes : Q / ceil_div(Q, j.nq) * j.lanes;  // contiguous numbers in a row of a tile
-  j.bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
-  const int64_t at_once = j.bytes / element;
+  const int bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
+  const int64_t at_once = bytes / element;
   const int64_t met = std::min(p.K, j.vin.rows);  // rows at once: too many in the same place of a cache are packed
   j.direct = p.type != Type::f16 && !narrow && run >= at_once && (p.channels_last ? met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536 : met <= 12 || j.vin.row <= 512) &&
              (gaps ? (j.forward ? (p.C - 1) % j.lanes + 1 >= at_once : j.lanes % at_once == 0 && p.C % at_once == 0) : p.stride_w == 1);
-  j.unit = j.direct && gaps ? at_once : 1;
-  if (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) j.bytes = vector_bytes;
+  j.multiple = j.direct && gaps ? at_once : 1;
+  j.bytes = !j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes ? vector_bytes : bytes;
   if (j.direct && j.forward && p.stride_w > 1) j.nq = std::min(Q, 8 * wanted / j.lanes);
   if (narrow && p.stride_w > 1 && p.stride_w <= 8 && j.nq == j.q_end - j.q_begin) {
     View& v = j.forward ? j.vin : j.vout;
