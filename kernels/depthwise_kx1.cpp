@@ -308,19 +308,21 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
         for (int64_t first = 0; first < t.lanes; first += size) for (int64_t q = 0; q < nq; q += at_once<T>) {
           q = std::min(q, nq - at_once<T>);  // the last ones again, rather than fewer
           R* to = dst + q * t.lanes + first;
+          const T* at = src + first * v.lane + q;
+          const int64_t present = t.present - first;
           V a[size];
 #pragma GCC unroll 16
-          for (int l = 0; l < size; l++) a[l] = first + l < t.present ? (V)*(const Bits*)(src + (first + l) * v.lane + q) : V{};
+          for (int l = 0; l < size; l++) a[l] = l < present ? (V)*(const Bits*)(at + l * v.lane) : V{};
           transpose(a);
           if constexpr (vectors<T> == 1) {
 #pragma GCC unroll 16
             for (int l = 0; l < size; l++) *(V*)(to + l * t.lanes) = a[l];
           } else {
 #pragma GCC unroll 1
-            for (int l = 0; l < size; l++) {
+            for (int l = 0; l < size; l++, to += 2 * t.lanes) {
               V pair[2];
               get(pair, (const T*)&a[l]);
-              *(V*)(to + 2 * l * t.lanes) = pair[0], *(V*)(to + (2 * l + 1) * t.lanes) = pair[1];
+              *(V*)to = pair[0], *(V*)(to + t.lanes) = pair[1];
             }
           }
         }
@@ -369,14 +371,16 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
             for (int l = 0; l < size; l++) a[l] = *(const V*)(from + l * t.lanes);
           } else {
 #pragma GCC unroll 1
-            for (int l = 0; l < size; l++) {
-              const V pair[2] = {*(const V*)(from + 2 * l * t.lanes), *(const V*)(from + (2 * l + 1) * t.lanes)};
+            for (int l = 0; l < size; l++, from += 2 * t.lanes) {
+              const V pair[2] = {*(const V*)from, *(const V*)(from + t.lanes)};
               put((T*)&a[l], pair);
             }
           }
           transpose(a);
+          T* to = dst + first * v.lane + q;
+          const int64_t present = t.present - first;
 #pragma GCC unroll 16
-          for (int l = 0; l < size; l++) if (first + l < t.present) *(Bits*)(dst + (first + l) * v.lane + q) = a[l];
+          for (int l = 0; l < size; l++) if (l < present) *(Bits*)(to + l * v.lane) = a[l];
         }
       else if (t.lanes == 1 && px == 2)
         put_second(dst, src, nq, *values);
