@@ -792,7 +792,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
              (gaps ? (j.forward ? (p.C - 1) % j.lanes + 1 >= at_once : j.lanes % at_once == 0 && p.C % at_once == 0) : p.stride_w == 1);
   j.multiple = j.direct && gaps ? at_once : 1;
   j.bytes = !j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes ? vector_bytes : bytes;
-  if (j.direct && j.forward && p.stride_w > 1) j.nq = std::min(Q, 8 * wanted / j.lanes);
+  if (j.direct && j.forward) j.nq = std::min(Q, 8 * wanted / j.lanes);
   if (narrow && p.stride_w > 1 && p.stride_w <= 8 && j.nq == j.q_end - j.q_begin) {
     View& v = j.forward ? j.vin : j.vout;
     j.first = v.col + j.q_begin * v.step, j.skip = v.step - 1;
