@@ -32,7 +32,7 @@ void cpu_backward(const Problem&, const void* grad_output, const void* x, const 
 // ---- CPU kernels ----
 // Both memory orders, all types and strides take one path. A tile is some rows of some columns; a row of it is slots: slot
 // q * lanes + l is pixel column q of lane l. Lanes are channels: of an NHWC image the neighbours, of large NCHW planes one alone, of
-// narrow or small ones as many as a vector holds (a transposition). Where rows of slots lie contiguous in the tensors they are used there,
+// narrow or small ones some vectors of them (a transposition). Where rows of slots lie contiguous in the tensors they are used there,
 // converted in registers; else they are packed into a dense buffer, so that packing alone knows the layout, and results unpacked.
 // Tiles are cut alike whatever the number of threads, and partial sums are added in a fixed order: results are reproducible.
 #include <sys/mman.h>
@@ -615,7 +615,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   for (int64_t t = begin, built = -1; t < end; t++) {
     int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = std::min(j.lanes, p.channels_last ? j.channels - c0 : ceil_div(j.channels - c0, vector) * vector);
     const int64_t padded = ceil_div(lanes, j.multiple) * j.multiple;
-    auto row = [&](int64_t columns) { return (columns * lanes + vector - 1) / vector * vector; };  // of slots, packed
+    auto packed_row = [&](int64_t columns) { return (columns * lanes + vector - 1) / vector * vector; };
     auto build = [&](auto* to, int64_t k, int64_t width) {
       for (int64_t i = 0, c = c0; i < width; i++, c = c + 1 < p.C ? c + 1 : 0) {
         if (width > lanes && i == width - vector) c = c0 + lanes - vector;
@@ -660,7 +660,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto apart = [&](const View& v) { return (p.channels_last ? 1 : j.channels) * v.rows * v.row; };
       auto image = [&](const View& v, int64_t n) { return n * apart(v) + c0 * v.lane; };
       const View &vi = j.vin, &vo = j.vout;
-      const int64_t slots = j.direct ? nq * padded : row(nq);
+      const int64_t slots = j.direct ? nq * padded : packed_row(nq);
       // the rows of in that out rows [o0, o1) meet
       int64_t i0 = j.forward ? o0 * S - pad : ceil_div(o0 + pad - (K - 1) * D, S);
       int64_t i1 = j.forward ? (o1 - 1) * S - pad + (K - 1) * D + 1 : ceil_div(o1 + pad, S);
@@ -700,20 +700,20 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto in_place = [&](const View& v, auto* from, int64_t row) {
         return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v, n0) + row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, apart(v), padded, v.step * v.px - padded, lanes - vector};
       };
-      auto rows = [&](auto* buffer, const View& v, int64_t room, bool whole) {
+      auto in_buffer = [&](auto* buffer, const View& v, int64_t room, bool whole) {
         using E = std::remove_pointer_t<decltype(buffer)>;
-        return whole ? Rows<E>{buffer + j.first * lanes, row(v.width), room, lanes, j.skip * lanes} : Rows<E>{buffer, row(nq), room};
+        return whole ? Rows<E>{buffer + j.first * lanes, packed_row(v.width), room, lanes, j.skip * lanes} : Rows<E>{buffer, packed_row(nq), room};
       };
       auto packed = [&](const View& v, const void* from, auto tile, R* buffer, int64_t room, bool whole) {
-        for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, row(tile(n0 + n).nq)});
-        return rows((const R*)buffer, v, room, whole);
+        for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, packed_row(tile(n0 + n).nq)});
+        return in_buffer((const R*)buffer, v, room, whole);
       };
       if constexpr (!std::is_same_v<T, Half>)  // whose conversion is long: once is enough
         if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, o0), in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), (T*)weights);
       if (!j.direct && nq > 0) {
-        compute(rows(buffer_out, vo, room_out, whole_out),
+        compute(in_buffer(buffer_out, vo, room_out, whole_out),
                 packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in, whole_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out, whole_out), weights);
-        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, (T*)j.out + image(vo, n0 + n), tout(n0 + n), Rows<R>{buffer_out + n * room_out, row(tout(n0 + n).nq)}, init);
+        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, (T*)j.out + image(vo, n0 + n), tout(n0 + n), Rows<R>{buffer_out + n * room_out, packed_row(tout(n0 + n).nq)}, init);
       }
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
@@ -721,8 +721,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           rows = j.direct ? 1 : std::min(j.in_rows, h1 - h);
           for (int64_t w = w0, m; w < w1; w += m) {
             m = std::min(j.nq, w1 - w);
-            pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad, n), Tile{h, rows, w, m, lanes, present(n)}, Rows<R>{buffer_in, row(m)});
-            for (const R *from = buffer_in, *end = from + rows * row(m); from < end; from += row(m)) {
+            pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad, n), Tile{h, rows, w, m, lanes, present(n)}, Rows<R>{buffer_in, packed_row(m)});
+            for (const R *from = buffer_in, *end = from + rows * packed_row(m); from < end; from += packed_row(m)) {
               if (++added % 64 == 0) flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
               for (int64_t s = 0; s < m * lanes; s++) bias_sums[s] += from[s];
             }
@@ -775,10 +775,11 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t halo = std::min(halo_all, j.vin.rows), wanted = clamp(budget / std::max(3 * halo + 16, p.K), 64, 1024);
   const bool small = p.stride_w <= 8 && Q <= wanted / vector && p.H * p.W < (j.forward && p.stride_h * p.stride_w == 1 ? 256 : 1024);  // planes, better taken many at a time
   const bool narrow = !p.channels_last && (Q < vector || small);
+  // as many channels; of narrow planes no more than it takes to pack them well, or than leave tasks enough if taps are many
   const int64_t most = narrow ? std::max(std::min({8192 / (p.H * p.W), wanted / Q, 4096 / (p.K + 1)}) / vector, int64_t(1)) * vector : wanted;
   j.channels = narrow ? p.C * clamp(most / p.C, 1, p.N) : p.C;
-  j.lanes = ceil_div(ceil_div(j.channels, ceil_div(j.channels, most)), vector) * vector;
-  j.lanes = p.channels_last ? std::min(p.C, j.lanes) : narrow ? j.lanes : 1;
+  const int64_t lanes = ceil_div(ceil_div(j.channels, ceil_div(j.channels, most)), vector) * vector;
+  j.lanes = p.channels_last ? std::min(p.C, lanes) : narrow ? lanes : 1;
   j.images = (p.N * p.C + j.channels - 1) / j.channels;
   j.nq = std::min(Q, std::max<int64_t>(1, wanted / j.lanes));
   const int64_t blocks = ceil_div(j.channels, j.lanes);
