@@ -32,7 +32,7 @@ void cpu_backward(const Problem&, const void* grad_output, const void* x, const 
 // ---- CPU kernels ----
 // Both memory orders, all types and strides take one path. A tile is some rows of some columns; a row of it is slots: slot
 // q * lanes + l is pixel column q of lane l. Lanes are channels: of an NHWC image the neighbours, of large NCHW planes one alone, of
-// narrow or small ones as many as a vector holds (a transposition). Where rows of slots lie contiguous in the tensors they are used there,
+// narrow or small ones some vectors of them (a transposition). Where rows of slots lie contiguous in the tensors they are used there,
 // converted in registers; else they are packed into a dense buffer, so that packing alone knows the layout, and results unpacked.
 // Tiles are cut alike whatever the number of threads, and partial sums are added in a fixed order: results are reproducible.
 #pragma GCC optimize("O3")  // the rest is built faster with less
@@ -205,8 +205,27 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 #pragma GCC unroll 16
     for (int i = 0; i < size; i++) if (i < rows) *(V*)(to + i * to_row) = a[i];
   }
-  // Planes that lie one behind another and are too small to be transposed where they are; whole vectors of them reach into the next.
-  template <class T> static INLINE bool tiny(const View& v, const Tile& t, int64_t n) { return most == 7 && t.lanes == size && t.present == size && v.lane == n && n < at_once<T>; }
+
+  // Planes of n numbers, one behind another, that are too small to be transposed where they are: `buffered` vectors of them are, at a time,
+  // by permutations where that takes fewer of them. Each `size` of the lanes gives a vector at `to`: its number e is number from[e] of vector which[e] of n at `in`.
+  static constexpr int64_t buffered = 64;
+  static INLINE void permute(R* to, int64_t to_lane, const R* in, int64_t in_lane, int64_t in_step, int64_t n, const I& which, const I& from, int64_t lanes) {
+    for (int64_t l = 0; l < lanes; l += size) {
+      V v = {};
+      for (int64_t k = 0; k < n; k++) {
+        const V a = *(const V*)(in + l * in_lane + k * in_step);
+        v = which == Int(k) ? shuffle(a, a, from) : v;
+      }
+      *(V*)(to + l * to_lane) = v;
+    }
+  }
+  static INLINE I iota() {
+    I i;
+#pragma GCC unroll 16
+    for (int e = 0; e < size; e++) i[e] = e;
+    return i;
+  }
+  template <class T> static INLINE bool tiny(const Tile& t, int64_t n) { return most == 7 && t.lanes % size == 0 && n < at_once<T>; }
 
   // n contiguous numbers; the last vectors overlap those before. (The asm keeps the compiler from calling memcpy, which is slow here.)
   template <class T> static INLINE void get(R* dst, const T* src, int64_t count) {
@@ -269,23 +288,43 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       const T* from = src;
       if (run > (px > 1))
         for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run > 4 ? std::max(run, std::min({at_once<T>, end - from, dst_end - dst - i})) : run);  // whole vectors, even into what follows
-      else if (tiny<T>(v, t, nq)) {
-        R planes[size * (at_once<T> + 1)];
-        get(planes, src, size * nq);
-        for (int64_t i = 0, q; i < nq; i += size) q = clamp(i, 0, std::max(nq - size, int64_t(0))), transpose(dst + q * size, size, planes + q, nq, nq - q);
-      } else if (t.lanes == size && px == 1 && nq >= at_once<T>)
-        for (int64_t q = 0; q < nq; q += at_once<T>) {
+      else if (px == 1 && tiny<T>(t, v.lane)) {
+        R planes[(buffered + 1) * size];
+        int64_t plane = v.lane, many = buffered / plane * size;
+        for (int64_t first = 0; first < t.lanes; first += many) {
+          many = std::min(many, t.lanes - first);
+          const int64_t present = clamp(t.present - first, 0, many);
+          if (present < many) std::fill(planes, planes + many * plane, R(0));
+          get(planes, src + first * plane, (present - 1) * plane + nq);
+          if (4 * plane <= size)
+            for (int64_t q = 0; q < nq; q++) {
+              const I at = iota() * Int(plane) + Int(q);
+              permute(dst + q * t.lanes + first, 1, planes, plane, size, plane, at / Int(size), at & Int(size - 1), many);
+            }
+          else
+            for (int64_t l = 0; l < many; l += size)
+              for (int64_t i = 0, q; i < nq; i += size) q = clamp(i, 0, std::max(nq - size, int64_t(0))), transpose(dst + q * t.lanes + first + l, t.lanes, planes + l * plane + q, plane, nq - q);
+        }
+      } else if (t.lanes % size == 0 && px == 1 && nq >= at_once<T>)
+        for (int64_t first = 0; first < t.lanes; first += size) for (int64_t q = 0; q < nq; q += at_once<T>) {
           q = std::min(q, nq - at_once<T>);  // the last ones again, rather than fewer
+          R* to = dst + q * t.lanes + first;
+          const T* at = src + first * v.lane + q;
+          const int64_t present = t.present - first;
           V a[size];
 #pragma GCC unroll 16
-          for (int l = 0; l < size; l++) a[l] = l < t.present ? (V)*(const Bits*)(src + l * v.lane + q) : V{};
+          for (int l = 0; l < size; l++) a[l] = l < present ? (V)*(const Bits*)(at + l * v.lane) : V{};
           transpose(a);
           if constexpr (vectors<T> == 1) {
 #pragma GCC unroll 16
-            for (int l = 0; l < size; l++) *(V*)(dst + (q + l) * size) = a[l];
+            for (int l = 0; l < size; l++) *(V*)(to + l * t.lanes) = a[l];
           } else {
 #pragma GCC unroll 1
-            for (int l = 0; l < size; l++) get((V*)(dst + (q + 2 * l) * size), (const T*)&a[l]);
+            for (int l = 0; l < size; l++, to += 2 * t.lanes) {
+              V pair[2];
+              get(pair, (const T*)&a[l]);
+              *(V*)to = pair[0], *(V*)(to + t.lanes) = pair[1];
+            }
           }
         }
       else if (t.lanes == 1 && px == 2)
@@ -308,24 +347,41 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       T* to = dst;
       if (run > (px > 1))
         for (int64_t i = 0; i < n; i += run, to += px) put(to, src + i, run);
-      else if (tiny<T>(v, t, nq)) {
-        R planes[size * (at_once<T> + 1)];
-        for (int64_t i = 0, q; i < nq; i += size) q = clamp(i, 0, std::max(nq - size, int64_t(0))), transpose(planes + q, nq, src + q * size, size, size);
-        put(dst, planes, size * nq);
-      } else if (t.lanes == size && px == 1 && nq >= at_once<T>)
-        for (int64_t q = 0; q < nq; q += at_once<T>) {
+      else if (v.lane == nq && tiny<T>(t, nq)) {
+        R planes[(buffered + 1) * size];
+        int64_t many = buffered / nq * size;
+        for (int64_t first = 0; first < t.present; first += many) {
+          many = std::min(many, t.lanes - first);
+          if (4 * nq <= size)
+            for (int64_t i = 0; i < nq; i++) {
+              const I to = iota() + Int(i * size), lane = to * Int(65536 / nq + 1) >> 16;  // to / nq
+              permute(planes + i * size, nq, src + first, 1, t.lanes, nq, to - lane * Int(nq), lane, many);
+            }
+          else
+            for (int64_t l = 0; l < many; l += size)
+              for (int64_t i = 0, q; i < nq; i += size) q = clamp(i, 0, std::max(nq - size, int64_t(0))), transpose(planes + l * nq + q, nq, src + q * t.lanes + first + l, t.lanes, size);
+          put(dst + first * nq, planes, std::min(many, t.present - first) * nq);
+        }
+      } else if (t.lanes % size == 0 && px == 1 && nq >= at_once<T>)
+        for (int64_t first = 0; first < t.lanes; first += size) for (int64_t q = 0; q < nq; q += at_once<T>) {
           q = std::min(q, nq - at_once<T>);
+          const R* from = src + q * t.lanes + first;
           V a[size];
           if constexpr (vectors<T> == 1) {
 #pragma GCC unroll 16
-            for (int l = 0; l < size; l++) a[l] = *(const V*)(src + (q + l) * size);
+            for (int l = 0; l < size; l++) a[l] = *(const V*)(from + l * t.lanes);
           } else {
 #pragma GCC unroll 1
-            for (int l = 0; l < size; l++) put((T*)&a[l], (const V*)(src + (q + 2 * l) * size));
+            for (int l = 0; l < size; l++, from += 2 * t.lanes) {
+              const V pair[2] = {*(const V*)from, *(const V*)(from + t.lanes)};
+              put((T*)&a[l], pair);
+            }
           }
           transpose(a);
+          T* to = dst + first * v.lane + q;
+          const int64_t present = t.present - first;
 #pragma GCC unroll 16
-          for (int l = 0; l < size; l++) if (l < t.present) *(Bits*)(dst + l * v.lane + q) = a[l];
+          for (int l = 0; l < size; l++) if (l < present) *(Bits*)(to + l * v.lane) = a[l];
         }
       else if (t.lanes == 1 && px == 2)
         put_second(dst, src, nq, *values);
@@ -530,13 +586,13 @@ struct Job {
   void* out;                           // y or grad_input
   bool forward, want_weight, want_bias, direct;
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
-  int64_t lanes, unit;                 // lanes per tile; slots of a pixel are a multiple of unit: its last vector overlaps
+  int64_t lanes, multiple;             // lanes per tile; slots of a pixel are a multiple of this: its last vector overlaps
   int64_t channels, images;            // as regrouped (narrow planes of few channels)
   int64_t together, sets;              // images per tile, if they are small
   int64_t q_begin, q_end, nq, band;    // columns that meet x; columns per tile, rows of out per tile,
   int64_t cut;                         // a multiple of this many
   int64_t column_tiles, bands, groups, in_rows, slots;
-  int64_t first, skip;                 // where a strided tensor is packed with all of its columns: the first slot in use, and how many behind each pixel are not
+  int64_t first, skip;                 // where a strided tensor is packed with all of its columns: the first in use, and how many behind each are not
   int bytes;                           // per vector
   double* sums;                        // of every task, (K + 1) x lanes: weight gradients, bias gradient
 };
@@ -546,21 +602,21 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   const Problem& p = j.p;
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
   const int64_t bands = j.bands, units = j.sets * bands * j.column_tiles, w_tap = (ceil_div(j.lanes, 32) + 2) * 32;
-  const int64_t full = (ns + vector - 1) / vector * vector, tap = (p.channels_last ? full : std::min<int64_t>(full, 64)) + vector;
+  const int64_t full = (ns + vector - 1) / vector * vector, tap = (p.channels_last ? full : std::min(full, std::max<int64_t>(j.lanes, 64))) + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
-  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out) + 256);  // and what the last transposition reads too much
+  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out) + 16 * j.lanes);  // and what the last transposition reads too much
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
   R *weights = scratch.get(), *init = weights + (K + 1) * w_tap, *sums = init + w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out;
   const bool whole_in = j.skip && j.forward, whole_out = j.skip && !j.forward;
-  if (whole_out) std::fill(buffer_out, buffer_x, R(0));
   std::vector<const void*> table(8 * (K + 1));
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
   for (int64_t t = begin, built = -1; t < end; t++) {
-    int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = p.channels_last ? std::min(j.lanes, j.channels - c0) : j.lanes;
-    const int64_t padded = ceil_div(lanes, j.unit) * j.unit;
+    int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = std::min(j.lanes, p.channels_last ? j.channels - c0 : ceil_div(j.channels - c0, vector) * vector);
+    const int64_t padded = ceil_div(lanes, j.multiple) * j.multiple;
+    auto packed_row = [&](int64_t columns) { return (columns * lanes + vector - 1) / vector * vector; };
     auto build = [&](auto* to, int64_t k, int64_t width) {
       for (int64_t i = 0, c = c0; i < width; i++, c = c + 1 < p.C ? c + 1 : 0) {
         if (width > lanes && i == width - vector) c = c0 + lanes - vector;
@@ -568,10 +624,10 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         if constexpr (std::is_same_v<decltype(to), T*>) to[i] = value;
         else to[i] = load(value);
       }
-      if (width == 1) std::fill(to + 1, to + w_tap, *to);
-      else for (int64_t i = width, n; i < w_tap; i += n) n = std::min(i, w_tap - i), std::copy(to, to + n, to + i);
+      for (int64_t i = width, n; i < w_tap; i += n) n = std::min(i, w_tap - i), std::copy(to, to + n, to + i);
     };
     if (c0 != built) {
+      if (whole_out) std::fill(buffer_out, buffer_x, R(0));
       build(init, K, lanes);
       for (int64_t k = j.weight ? 0 : K; k <= K; k++) j.direct ? build((T*)weights + k * w_tap, k, padded) : build(weights + k * w_tap, k, lanes);
     }
@@ -587,11 +643,9 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     auto reduce = [&](int64_t length) {  // of rows so long
       flush_all();
       for (int64_t k = 0; k < K; k++) {
-        int64_t n = period;
-        for (double* a = &totals[k * tap]; n % (2 * common) == 0; ) { n /= 2; for (int64_t s = 0; s < n; s++) a[s] += a[s + n]; }
         for (int64_t l = 0; l < lanes; l++) {
           double sum = 0;
-          for (int64_t s = l; s < n; s += lanes) sum += totals[k * tap + place(s)];
+          for (int64_t s = l; s < period; s += lanes) sum += totals[k * tap + place(s)];
           total[k * j.lanes + l] += sum;
         }
         for (int64_t s = length - length % vector; s < length; s++) total[k * j.lanes + s % lanes] += totals[k * tap + period + place(s - (length - vector))];
@@ -600,14 +654,14 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     };
     for (int64_t u = units * group / j.groups, u1 = units * (group + 1) / j.groups; u < u1; u++) {
       int64_t ct = u / bands / j.sets, b = u % bands, n0 = u / bands % j.sets * j.together, images = std::min(j.together, j.images - n0), Q = j.q_end - j.q_begin;
-      auto cut = [&](int64_t b) { return std::min(ceil_div(j.vout.rows, j.cut) * b / bands * j.cut, j.vout.rows); };
-      int64_t o0 = cut(b), o1 = cut(b + 1);
+      auto edge = [&](int64_t b) { return std::min(ceil_div(j.vout.rows, j.cut) * b / bands * j.cut, j.vout.rows); };
+      int64_t o0 = edge(b), o1 = edge(b + 1);
       int64_t q0 = j.q_begin + Q * ct / j.column_tiles, nq = j.q_begin + Q * (ct + 1) / j.column_tiles - q0;
       auto present = [&](int64_t n) { return p.channels_last ? lanes : std::min({lanes, j.channels - c0, p.N * p.C - (n * j.channels + c0)}); };
       auto apart = [&](const View& v) { return (p.channels_last ? 1 : j.channels) * v.rows * v.row; };
       auto image = [&](const View& v, int64_t n) { return n * apart(v) + c0 * v.lane; };
       const View &vi = j.vin, &vo = j.vout;
-      const int64_t slots = j.direct ? nq * padded : (nq * lanes + vector - 1) / vector * vector;
+      const int64_t slots = j.direct ? nq * padded : packed_row(nq);
       // the rows of in that out rows [o0, o1) meet
       int64_t i0 = j.forward ? o0 * S - pad : ceil_div(o0 + pad - (K - 1) * D, S);
       int64_t i1 = j.forward ? (o1 - 1) * S - pad + (K - 1) * D + 1 : ceil_div(o1 + pad, S);
@@ -647,25 +701,32 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto in_place = [&](const View& v, auto* from, int64_t row) {
         return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v, n0) + row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, apart(v), padded, v.step * v.px - padded, lanes - vector};
       };
+      auto in_buffer = [&](auto* buffer, const View& v, int64_t room, bool whole) {
+        using E = std::remove_pointer_t<decltype(buffer)>;
+        return whole ? Rows<E>{buffer + j.first * lanes, packed_row(v.width), room, lanes, j.skip * lanes} : Rows<E>{buffer, packed_row(nq), room};
+      };
       auto packed = [&](const View& v, const void* from, auto tile, R* buffer, int64_t room, bool whole) {
-        for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, ns});
-        return whole ? Rows<const R>{buffer + j.first, ns, room, lanes, j.skip} : Rows<const R>{buffer, ns, room};
+        for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, packed_row(tile(n0 + n).nq)});
+        return in_buffer((const R*)buffer, v, room, whole);
       };
       if constexpr (!std::is_same_v<T, Half>)  // whose conversion is long: once is enough
         if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, o0), in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), (T*)weights);
       if (!j.direct && nq > 0) {
-        compute(whole_out ? Rows<R>{buffer_out + j.first, ns, room_out, lanes, j.skip} : Rows<R>{buffer_out, ns, room_out},
+        compute(in_buffer(buffer_out, vo, room_out, whole_out),
                 packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in, whole_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out, whole_out), weights);
-        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, (T*)j.out + image(vo, n0 + n), tout(n0 + n), Rows<R>{buffer_out + n * room_out, ns}, init);
+        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, (T*)j.out + image(vo, n0 + n), tout(n0 + n), Rows<R>{buffer_out + n * room_out, packed_row(tout(n0 + n).nq)}, init);
       }
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
-        for (int64_t n = n0, added = 0; n < n0 + images; n++) for (int64_t h = p.H_out * b / bands; h < p.H_out * (b + 1) / bands; h++) {
+        for (int64_t n = n0, added = 0; n < n0 + images; n++) for (int64_t h = p.H_out * b / bands, h1 = p.H_out * (b + 1) / bands, rows; h < h1; h += rows) {
+          rows = j.direct ? 1 : std::min(j.in_rows, h1 - h);
           for (int64_t w = w0, m; w < w1; w += m) {
-            if (++added % 64 == 0) flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
             m = std::min(j.nq, w1 - w);
-            pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad, n), Tile{h, 1, w, m, lanes, present(n)}, Rows<R>{buffer_in, ns});
-            for (int64_t s = 0; s < m * lanes; s++) bias_sums[s] += buffer_in[s];
+            pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad, n), Tile{h, rows, w, m, lanes, present(n)}, Rows<R>{buffer_in, packed_row(m)});
+            for (const R *from = buffer_in, *end = from + rows * packed_row(m); from < end; from += packed_row(m)) {
+              if (++added % 64 == 0) flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
+              for (int64_t s = 0; s < m * lanes; s++) bias_sums[s] += from[s];
+            }
           }
         }
         flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
@@ -698,8 +759,9 @@ template <class F> void parallel(int64_t n, int64_t grain, const F& f) {  // tor
 void run(Job j, void* grad_weight, void* grad_bias) {
   Problem& p = j.p;
   if (p.H * p.W == 1 && p.H_out * p.W_out == 1) p.channels_last = true;  // the orders are the same; this one is faster
-  if (p.channels_last && p.H == 1 && p.H_out == 1 && p.padding_w == 0 && (p.stride_w == 1 || p.W == 1))  // images of one row are one long row
-    p.W_out = p.W *= p.N, p.N = p.stride_h = p.stride_w = 1;
+  if (p.W == 1 && p.W_out == 1) p.stride_w = 1;
+  if (p.channels_last && p.H == 1 && p.H_out == 1 && p.padding_w == 0 && p.W % p.stride_w == 0)  // images of one row are one long row
+    p.W *= p.N, p.W_out *= p.N, p.N = p.stride_h = 1;
   const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), grain = 32768, budget = grain << p.channels_last, halo_all = (p.K - 1) * p.dilation;
   auto view = [&](int64_t rows, int64_t width, int64_t col, int64_t step) {
     return p.channels_last ? View{rows, width, col, step, p.C, width * p.C, 1} : View{rows, width, col, step, 1, width, rows * width};
@@ -714,26 +776,28 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t halo = std::min(halo_all, j.vin.rows), wanted = clamp(budget / std::max(3 * halo + 16, p.K), 64, 1024);
   const bool small = p.stride_w <= 8 && Q <= wanted / vector && p.H * p.W < (j.forward && p.stride_h * p.stride_w == 1 ? 256 : 1024);  // planes, better taken many at a time
   const bool narrow = !p.channels_last && (Q < vector || small);
-  const int64_t parts = ceil_div(p.C, wanted);
-  j.lanes = p.channels_last ? std::min(p.C, ceil_div(ceil_div(p.C, parts), vector) * vector) : narrow ? vector : 1;
-  j.channels = narrow && p.C < vector ? vector / p.C * p.C : p.C;
+  // as many channels; of narrow planes no more than it takes to pack them well, or than leave tasks enough if taps are many
+  const int64_t most = narrow ? std::max(std::min({8192 / (p.H * p.W), wanted / Q, 4096 / (p.K + 1)}) / vector, int64_t(1)) * vector : wanted;
+  j.channels = narrow ? p.C * clamp(most / p.C, 1, p.N) : p.C;
+  const int64_t lanes = ceil_div(ceil_div(j.channels, ceil_div(j.channels, most)), vector) * vector;
+  j.lanes = p.channels_last ? std::min(p.C, lanes) : narrow ? lanes : 1;
   j.images = (p.N * p.C + j.channels - 1) / j.channels;
   j.nq = std::min(Q, std::max<int64_t>(1, wanted / j.lanes));
   const int64_t blocks = ceil_div(j.channels, j.lanes);
   const int64_t element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
   const bool gaps = p.channels_last && (p.stride_w > 1 || j.lanes < p.C);
   const int64_t run = gaps ? j.lanes : Q / ceil_div(Q, j.nq) * j.lanes;  // contiguous numbers in a row of a tile
-  j.bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
-  const int64_t at_once = j.bytes / element;
+  const int bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
+  const int64_t at_once = bytes / element;
   const int64_t met = std::min(p.K, j.vin.rows);  // rows at once: too many in the same place of a cache are packed
   j.direct = p.type != Type::f16 && !narrow && run >= at_once && (p.channels_last ? met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536 : met <= 12 || j.vin.row <= 512) &&
              (gaps ? (j.forward ? (p.C - 1) % j.lanes + 1 >= at_once : j.lanes % at_once == 0 && p.C % at_once == 0) : p.stride_w == 1);
-  j.unit = j.direct && gaps ? at_once : 1;
-  if (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) j.bytes = vector_bytes;
-  if (j.direct && j.forward && p.stride_w > 1) j.nq = std::min(Q, 8 * wanted / j.lanes);
-  if (narrow && p.stride_w > 1 && p.stride_w <= 8 && Q > 1 && j.nq == j.q_end - j.q_begin) {
+  j.multiple = j.direct && gaps ? at_once : 1;
+  j.bytes = !j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes ? vector_bytes : bytes;
+  if (j.direct && j.forward) j.nq = std::min(Q, 8 * wanted / j.lanes);
+  if (narrow && p.stride_w > 1 && p.stride_w <= 8 && j.nq == j.q_end - j.q_begin) {
     View& v = j.forward ? j.vin : j.vout;
-    j.first = (v.col + j.q_begin * v.step) * j.lanes, j.skip = (v.step - 1) * j.lanes;
+    j.first = v.col + j.q_begin * v.step, j.skip = v.step - 1;
     v.col = 0, v.step = 1;
   }
   j.slots = ((j.skip ? p.W : j.nq) * j.lanes + vector - 1) / vector * vector;
