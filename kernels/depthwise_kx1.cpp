@@ -35,7 +35,9 @@ void cpu_backward(const Problem&, const void* grad_output, const void* x, const 
 // narrow or small ones some vectors of them (a transposition). Where rows of slots lie contiguous in the tensors they are used there,
 // converted in registers; else they are packed into a dense buffer, so that packing alone knows the layout, and results unpacked.
 // Tiles are cut alike whatever the number of threads, and partial sums are added in a fixed order: results are reproducible.
+#ifndef __SANITIZE_ADDRESS__  // takes minutes
 #pragma GCC optimize("O3")  // the rest is built faster with less
+#endif
 #include <sys/mman.h>
 #include <algorithm>
 #include <cstdlib>
