@@ -89,10 +89,10 @@ struct View { int64_t rows, width, col, step, px, row, lane; };
 // No vector begins behind number `last` of a pixel: there it overlaps the one before, and `lanes` counts some numbers twice.
 template <class R> struct Rows {
   R* data;
-  int64_t stride, image, lanes = 1, skip = 0, last = lanes;
+  int64_t stride, image, lanes = 1, skip = 0, last = lanes, inverse = (int64_t(1) << 32) / lanes + 1;  // slot * lanes < 2^32
   int64_t at(int64_t slot) const {
     if (!skip) return slot;
-    const int64_t pixel = uint32_t(slot) / uint32_t(lanes);
+    const int64_t pixel = slot * inverse >> 32;
     return pixel * (lanes + skip) + std::min(slot - pixel * lanes, last);
   }
 };
@@ -634,7 +634,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     built = c0;
     if (j.sums) std::fill(sums, sums + K * tap + ns, R(0));
     double* total = j.sums ? j.sums + t * (K + 1) * j.lanes : nullptr;
-    const int64_t common = std::lcm(lanes, vector), period = std::min(common * std::max<int64_t>(1, 64 / common), full);  // few sums, but no two vectors in a row for the same
+    const int64_t common = std::lcm(padded, vector), period = std::min(common * std::max<int64_t>(1, 64 / common), full);  // few sums, but no two vectors in a row for the same
     int64_t summed = 0, last = -1;
     auto flush_all = [&] {  // before sums grow so long that float loses digits
       for (int64_t k = 0; k < K; k++) flush(j.bytes, totals.data() + k * tap, sums + k * tap, period + vector);
@@ -645,7 +645,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       for (int64_t k = 0; k < K; k++) {
         for (int64_t l = 0; l < lanes; l++) {
           double sum = 0;
-          for (int64_t s = l; s < period; s += lanes) sum += totals[k * tap + place(s)];
+          for (int64_t s = l < padded - vector ? l : l + padded - lanes; s < period; s += padded) sum += totals[k * tap + place(s)];
           total[k * j.lanes + l] += sum;
         }
         for (int64_t s = length - length % vector; s < length; s++) total[k * j.lanes + s % lanes] += totals[k * tap + period + place(s - (length - vector))];
@@ -791,7 +791,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t at_once = bytes / element;
   const int64_t met = std::min(p.K, j.vin.rows);  // rows at once: too many in the same place of a cache are packed
   j.direct = p.type != Type::f16 && !narrow && run >= at_once && (p.channels_last ? met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536 : met <= 12 || j.vin.row <= 512) &&
-             (gaps ? (j.forward ? (p.C - 1) % j.lanes + 1 >= at_once : j.lanes % at_once == 0 && p.C % at_once == 0) : p.stride_w == 1);
+             (gaps ? (p.C - 1) % j.lanes + 1 >= at_once : p.stride_w == 1);
   j.multiple = j.direct && gaps ? at_once : 1;
   j.bytes = !j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes ? vector_bytes : bytes;
   if (j.direct && j.forward) j.nq = std::min(Q, 8 * wanted / j.lanes);
@@ -800,7 +800,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
     j.first = v.col + j.q_begin * v.step, j.skip = v.step - 1;
     v.col = 0, v.step = 1;
   }
-  j.slots = ((j.skip ? p.W : j.nq) * j.lanes + vector - 1) / vector * vector;
+  j.slots = ceil_div((j.skip ? p.W : j.nq) * ceil_div(j.lanes, j.multiple) * j.multiple, vector) * vector;
   j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   const int64_t block = 8 * std::lcm(p.stride_h, p.dilation) / (j.forward ? p.stride_h : 1);  // rows that conv takes at once
   j.cut = j.band < j.vout.rows && j.band >= block ? block : 1, j.band -= j.band % j.cut;
