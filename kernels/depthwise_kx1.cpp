@@ -635,6 +635,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     if (j.sums) std::fill(sums, sums + K * tap + ns, R(0));
     double* total = j.sums ? j.sums + t * (K + 1) * j.lanes : nullptr;
     const int64_t common = std::lcm(padded, vector), period = std::min(common * std::max<int64_t>(1, 64 / common), full);  // few sums, but no two vectors in a row for the same
+    const bool ends = j.want_weight && j.direct && padded % vector;
     int64_t summed = 0, last = -1;
     auto flush_all = [&] {  // before sums grow so long that float loses digits
       for (int64_t k = 0; k < K; k++) flush(j.bytes, totals.data() + k * tap, sums + k * tap, period + vector);
@@ -653,7 +654,9 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       std::fill(totals.begin(), totals.begin() + K * tap, 0.0);
     };
     for (int64_t u = units * group / j.groups, u1 = units * (group + 1) / j.groups; u < u1; u++) {
-      int64_t ct = u / bands / j.sets, b = u % bands, n0 = u / bands % j.sets * j.together, images = std::min(j.together, j.images - n0), Q = j.q_end - j.q_begin;
+      // an image's tiles one after another, but where their rows' ends are summed apart and need to be alike
+      const int64_t ct = ends ? u / bands / j.sets : u / bands % j.column_tiles, b = u % bands, n0 = (ends ? u / bands % j.sets : u / bands / j.column_tiles) * j.together;
+      const int64_t images = std::min(j.together, j.images - n0), Q = j.q_end - j.q_begin;
       auto edge = [&](int64_t b) { return std::min(ceil_div(j.vout.rows, j.cut) * b / bands * j.cut, j.vout.rows); };
       int64_t o0 = edge(b), o1 = edge(b + 1);
       int64_t q0 = j.q_begin + Q * ct / j.column_tiles, nq = j.q_begin + Q * (ct + 1) / j.column_tiles - q0;
@@ -685,7 +688,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
                weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, padded, slots, table.data()});
         }
         if (j.want_weight) {
-          if (last >= 0 && last != slots) reduce(last);
+          if (ends && last >= 0 && last != slots) reduce(last);
           last = slots;
           int64_t adds = (slots + period - 1) / period, step = std::max<int64_t>(7, 128 / adds / 7 * 7);
           for (int64_t n = 0; n < images; n++, x.data += x.image, in.data += in.image) for (int64_t h = i0, rows; h < i1; h += rows) {
