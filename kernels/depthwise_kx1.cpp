@@ -91,10 +91,10 @@ struct View { int64_t rows, width, col, step, px, row, lane; };
 // No vector begins behind number `last` of a pixel: there it overlaps the one before, and `lanes` counts some numbers twice.
 template <class R> struct Rows {
   R* data;
-  int64_t stride, image, lanes = 1, skip = 0, last = lanes;
+  int64_t stride, image, lanes = 1, skip = 0, last = lanes, inverse = (int64_t(1) << 32) / lanes + 1;  // slot * lanes < 2^32
   int64_t at(int64_t slot) const {
     if (!skip) return slot;
-    const int64_t pixel = uint32_t(slot) / uint32_t(lanes);
+    const int64_t pixel = slot * inverse >> 32;
     return pixel * (lanes + skip) + std::min(slot - pixel * lanes, last);
   }
 };
@@ -636,7 +636,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     built = c0;
     if (j.sums) std::fill(sums, sums + K * tap + ns, R(0));
     double* total = j.sums ? j.sums + t * (K + 1) * j.lanes : nullptr;
-    const int64_t common = std::lcm(lanes, vector), period = std::min(common * std::max<int64_t>(1, 64 / common), full);  // few sums, but no two vectors in a row for the same
+    const int64_t common = std::lcm(padded, vector), period = std::min(common * std::max<int64_t>(1, 64 / common), full);  // few sums, but no two vectors in a row for the same
+    const bool ends = j.want_weight && j.direct && padded % vector;
     int64_t summed = 0, last = -1;
     auto flush_all = [&] {  // before sums grow so long that float loses digits
       for (int64_t k = 0; k < K; k++) flush(j.bytes, totals.data() + k * tap, sums + k * tap, period + vector);
@@ -647,7 +648,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       for (int64_t k = 0; k < K; k++) {
         for (int64_t l = 0; l < lanes; l++) {
           double sum = 0;
-          for (int64_t s = l; s < period; s += lanes) sum += totals[k * tap + place(s)];
+          for (int64_t s = l < padded - vector ? l : l + padded - lanes; s < period; s += padded) sum += totals[k * tap + place(s)];
           total[k * j.lanes + l] += sum;
         }
         for (int64_t s = length - length % vector; s < length; s++) total[k * j.lanes + s % lanes] += totals[k * tap + period + place(s - (length - vector))];
@@ -655,7 +656,9 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       std::fill(totals.begin(), totals.begin() + K * tap, 0.0);
     };
     for (int64_t u = units * group / j.groups, u1 = units * (group + 1) / j.groups; u < u1; u++) {
-      int64_t ct = u / bands / j.sets, b = u % bands, n0 = u / bands % j.sets * j.together, images = std::min(j.together, j.images - n0), Q = j.q_end - j.q_begin;
+      // an image's tiles one after another, but where their rows' ends are summed apart and need to be alike
+      const int64_t ct = ends ? u / bands / j.sets : u / bands % j.column_tiles, b = u % bands, n0 = (ends ? u / bands % j.sets : u / bands / j.column_tiles) * j.together;
+      const int64_t images = std::min(j.together, j.images - n0), Q = j.q_end - j.q_begin;
       auto edge = [&](int64_t b) { return std::min(ceil_div(j.vout.rows, j.cut) * b / bands * j.cut, j.vout.rows); };
       int64_t o0 = edge(b), o1 = edge(b + 1);
       int64_t q0 = j.q_begin + Q * ct / j.column_tiles, nq = j.q_begin + Q * (ct + 1) / j.column_tiles - q0;
@@ -687,7 +690,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
                weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, padded, slots, table.data()});
         }
         if (j.want_weight) {
-          if (last >= 0 && last != slots) reduce(last);
+          if (ends && last >= 0 && last != slots) reduce(last);
           last = slots;
           int64_t adds = (slots + period - 1) / period, step = std::max<int64_t>(7, 128 / adds / 7 * 7);
           for (int64_t n = 0; n < images; n++, x.data += x.image, in.data += in.image) for (int64_t h = i0, rows; h < i1; h += rows) {
@@ -793,7 +796,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t at_once = bytes / element;
   const int64_t met = std::min(p.K, j.vin.rows);  // rows at once: too many in the same place of a cache are packed
   j.direct = p.type != Type::f16 && !narrow && run >= at_once && (p.channels_last ? met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536 : met <= 12 || j.vin.row <= 512) &&
-             (gaps ? (j.forward ? (p.C - 1) % j.lanes + 1 >= at_once : j.lanes % at_once == 0 && p.C % at_once == 0) : p.stride_w == 1);
+             (gaps ? (p.C - 1) % j.lanes + 1 >= at_once : p.stride_w == 1);
   j.multiple = j.direct && gaps ? at_once : 1;
   j.bytes = !j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes ? vector_bytes : bytes;
   if (j.direct && j.forward) j.nq = std::min(Q, 8 * wanted / j.lanes);
@@ -802,7 +805,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
     j.first = v.col + j.q_begin * v.step, j.skip = v.step - 1;
     v.col = 0, v.step = 1;
   }
-  j.slots = ((j.skip ? p.W : j.nq) * j.lanes + vector - 1) / vector * vector;
+  j.slots = ceil_div((j.skip ? p.W : j.nq) * ceil_div(j.lanes, j.multiple) * j.multiple, vector) * vector;
   j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   const int64_t block = 8 * std::lcm(p.stride_h, p.dilation) / (j.forward ? p.stride_h : 1);  // rows that conv takes at once
   j.cut = j.band < j.vout.rows && j.band >= block ? block : 1, j.band -= j.band % j.cut;
