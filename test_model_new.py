@@ -1189,7 +1189,7 @@ def random_case():
         for i in random.sample(range(4), 4):
             shape[i] = random_size(min(budget / math.prod(shape), 5000))
         N, C, H, W = shape
-        H = random.choice([H] * 9 + [7])
+        H = random.choice([H] * 9 + [7])  # which has a kernel of its own
         H = H if padding == "same" else max(H, d * (K - 1) + 1 - 2 * p)
         N = random.choice([N] * 99 + [0])
         if max(1, N) * C * max(H * W, ((H + 2 * p) // s + 1) * ((W + 2 * pw) // sw + 1)) < 2**22:

@@ -129,8 +129,8 @@ struct Pass {
 // s and dilation d are: with g = gcd(s, d), L = s d / g, a forward step is d / g rows of y and L rows of x, and every
 // (s / g)-th tap shares them. So one loop, acc[r] += weight[m] * in[r + m], serves all strides, dilations and both passes.
 struct Walk : Pass {
-  int row_begin;                                   // rows of out are walked, and its pixels, or transposed those of in: beyond what
-  int pixel_begin, pixels;                         // meets where a bias gradient wants that
+  int row_begin;                                   // the first row of out that is walked, and the pixels, of out or, transposed, of in:
+  int pixel_begin, pixels;                         // beyond those that meet where a bias gradient wants that
   Divisor pixel, channels;                         // numbers in a pixel: C if channels_last, else 1; C
   Divisor in_step, out_step;
   int taps_step;                                   // taps that share rows are this far apart
@@ -332,8 +332,8 @@ template <class V> __device__ V at(const unsigned char* p) { return *reinterpret
 
 // How a launch marches over its planes, in channels_last at stride 1.
 struct March : Pass {
-  int column_begin, columns;           // numbers of `images` rows side by side that are walked; of a row the first of them, in out:
-  int images;                          // beyond its own where a bias gradient wants that
+  int column_begin;                    // where in out the rows that are walked begin: beyond its own where a bias gradient wants that
+  int columns, images;                 // numbers of them, of so many images side by side
   Divisor row;                         // numbers of one of them
   int in_shift;                        // number of in that meets number 0 of out
   Divisor channels, dilation, residues;  // rows of one residue class modulo the dilation form a plane of their own
@@ -350,8 +350,8 @@ constexpr int march_vector(int size, int M, bool gradient) {
 }
 constexpr int march_blocks(int M, int V, bool gradient) {
   const int numbers = M * V * (gradient ? 3 : 2);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // where 4 would spill with 21 taps
-  if (numbers == 63) return 3;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (M == 21 && gradient) return 3;  // 4 would spill
 #endif
   return numbers < 66 ? 4 : numbers <= 130 ? 3 : 2;
 }
