@@ -788,7 +788,8 @@ def test_meta():
 
 
 def train(rank, world, folder, device):
-    """One process of two distributed trainings of three steps; the first writes the parameters."""
+    """One process of two distributed trainings of three steps; the first writes the parameters. It leaves by os._exit: a
+    thread of gloo may still be dropping its last tensor, which aborts an interpreter on its way out (pytorch/pytorch#179291)."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     torch.set_num_threads(1)
@@ -805,6 +806,7 @@ def train(rank, world, folder, device):
     if rank == 0:
         torch.save(ends, folder / "ends")
     dist.destroy_process_group()
+    os._exit(0)
 
 
 def three_steps(model, batches, scaler=torch.amp.GradScaler(enabled=False)):
