@@ -274,7 +274,8 @@ def on(*devices, gpus=1):
 
 
 def setup_function(_=None):
-    """Before each test, called by pytest, too."""
+    """Before each test, called by pytest, too. More threads would wait for one another longer than they take for small tensors."""
+    torch.set_num_threads(min(torch.get_num_threads(), 4))
     print("seed", SEED)
     random.seed(SEED)
     torch.manual_seed(SEED)
@@ -909,7 +910,7 @@ def allocates_only_its_output(device):
 
 @on("cpu", "cuda")
 def threads_and_streams(device):
-    """8 threads, each with a module of its own, on a GPU a stream, too, make many calls: all results are right."""
+    """8 threads, each with a module of its own, on a GPU a stream, too, make many calls: the first is right, all are alike."""
     def work(i):
         # half of them with more shared memory than a kernel has unasked
         K, layout = (33 + i, "channels_last") if i % 2 else (2 + i, "contiguous")
@@ -918,11 +919,12 @@ def threads_and_streams(device):
             ours, _, exact = modules(case, device=device)
             x = dense(layout)(case.shape, device=device).requires_grad_()
             grad_output, wrong = torch.randn_like(ours(x)), torch.zeros((), device=device)
-            expected = run(exact, x.double(), grad_output).values()
+            first, expected = (list(run(*arguments, grad_output).values()) for arguments in ((ours, x), (exact, x.double())))
+            same(first, [e.float() for e in expected], 1e-4)
             for _ in range(1000 if device == "cuda" else 100):
                 y = ours(x)
-                for a, b in zip([y, *grad(y, [x, *ours.parameters()], grad_output)], expected):
-                    wrong += ~((a - b).abs().max() < 1e-4 * b.abs().max())
+                for a, b in zip([y, *grad(y, [x, *ours.parameters()], grad_output)], first):
+                    wrong += (a != b).any()
             return wrong.item()
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         assert list(threads.map(work, range(8))) == [0] * 8

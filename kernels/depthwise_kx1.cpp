@@ -83,6 +83,7 @@ template <class T, class R> INLINE void store(T* p, R v) {
   else p->bits = narrow<uint32_t>((T*)0, v) >> 16;
 }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }  // b > 0
+INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 INLINE int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return std::max(lo, std::min(v, hi)); }
 
 // Pixel column q of lane l of row r of an image lies at r * row + (col + q * step) * px + l * lane.
@@ -604,7 +605,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   const Problem& p = j.p;
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
   const int64_t bands = j.bands, units = j.sets * bands * j.column_tiles, w_tap = (ceil_div(j.lanes, 32) + 2) * 32;
-  const int64_t full = (ns + vector - 1) / vector * vector, tap = (p.channels_last ? full : std::min(full, std::max<int64_t>(j.lanes, 64))) + vector;
+  const int64_t full = round_up(ns, vector), tap = (p.channels_last ? full : std::min(full, std::max<int64_t>(j.lanes, 64))) + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
   const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out) + 16 * j.lanes);  // and what the last transposition reads too much
@@ -616,9 +617,9 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   std::vector<const void*> table(8 * (K + 1));
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
   for (int64_t t = begin, built = -1; t < end; t++) {
-    int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = std::min(j.lanes, p.channels_last ? j.channels - c0 : ceil_div(j.channels - c0, vector) * vector);
-    const int64_t padded = ceil_div(lanes, j.multiple) * j.multiple;
-    auto packed_row = [&](int64_t columns) { return (columns * lanes + vector - 1) / vector * vector; };
+    int64_t c0 = t / j.groups * j.lanes, group = t % j.groups, lanes = std::min(j.lanes, p.channels_last ? j.channels - c0 : round_up(j.channels - c0, vector));
+    const int64_t padded = round_up(lanes, j.multiple);
+    auto packed_row = [&](int64_t columns) { return round_up(columns * lanes, vector); };
     auto build = [&](auto* to, int64_t k, int64_t width) {
       for (int64_t i = 0, c = c0; i < width; i++, c = c + 1 < p.C ? c + 1 : 0) {
         if (width > lanes && i == width - vector) c = c0 + lanes - vector;
@@ -782,9 +783,9 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const bool small = p.stride_w <= 8 && Q <= wanted / vector && p.H * p.W < (j.forward && p.stride_h * p.stride_w == 1 ? 256 : 1024);  // planes, better taken many at a time
   const bool narrow = !p.channels_last && (Q < vector || small);
   // as many channels; of narrow planes no more than it takes to pack them well, or than leave tasks enough if taps are many
-  const int64_t most = narrow ? std::max(std::min({8192 / (p.H * p.W), wanted / Q, 4096 / (p.K + 1)}) / vector, int64_t(1)) * vector : wanted;
-  j.channels = narrow ? p.C * clamp(most / p.C, 1, p.N) : p.C;
-  const int64_t lanes = ceil_div(ceil_div(j.channels, ceil_div(j.channels, most)), vector) * vector;
+  const int64_t widest = narrow ? std::max(std::min({8192 / (p.H * p.W), wanted / Q, 4096 / (p.K + 1)}) / vector, int64_t(1)) * vector : wanted;
+  j.channels = narrow ? p.C * clamp(widest / p.C, 1, p.N) : p.C;
+  const int64_t lanes = round_up(ceil_div(j.channels, ceil_div(j.channels, widest)), vector);
   j.lanes = p.channels_last ? std::min(p.C, lanes) : narrow ? lanes : 1;
   j.images = (p.N * p.C + j.channels - 1) / j.channels;
   j.nq = std::min(Q, std::max<int64_t>(1, wanted / j.lanes));
@@ -805,7 +806,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
     j.first = v.col + j.q_begin * v.step, j.skip = v.step - 1;
     v.col = 0, v.step = 1;
   }
-  j.slots = ceil_div((j.skip ? p.W : j.nq) * ceil_div(j.lanes, j.multiple) * j.multiple, vector) * vector;
+  j.slots = round_up((j.skip ? p.W : j.nq) * round_up(j.lanes, j.multiple), vector);
   j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   const int64_t block = 8 * std::lcm(p.stride_h, p.dilation) / (j.forward ? p.stride_h : 1);  // rows that conv takes at once
   j.cut = j.band < j.vout.rows && j.band >= block ? block : 1, j.band -= j.band % j.cut;
