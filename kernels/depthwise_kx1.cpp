@@ -128,6 +128,8 @@ template <int MOST, class F> INLINE void each_taps(int64_t n, const F& f) {
   }
   constexpr int few = std::min(MOST, 3);
   for (; n - k >= few; k += few) f(k, Number<few>());
+  if constexpr (MOST >= 7)
+    if (n - k == 2) f(k, Number<2>()), k += 2;
   for (; k < n; k++) f(k, Number<1>());
 }
 
@@ -544,6 +546,8 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
       int64_t m = start;
       if constexpr (most >= 7)
         for (; m + 6 * jump < c.g_rows; m += 7 * jump) dots<7>(c, m, L);
+      if constexpr (most >= 7)
+        for (; m + 3 * jump < c.g_rows; m += 4 * jump) dots<4>(c, m, L);
       for (; m + jump < c.g_rows; m += 2 * jump) dots<2>(c, m, L);
       for (; m < c.g_rows; m += jump) dots<1>(c, m, L);
     }
@@ -768,6 +772,8 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   if (p.W == 1 && p.W_out == 1) p.stride_w = 1;
   if (p.channels_last && p.H == 1 && p.H_out == 1 && p.padding_w == 0 && p.W % p.stride_w == 0)  // images of one row are one long row
     p.W *= p.N, p.W_out *= p.N, p.N = p.stride_h = 1;
+  if (p.channels_last && p.K == 1 && p.stride_h == 1 && p.H == p.H_out)  // images under one another are one high image
+    p.H *= p.N, p.H_out *= p.N, p.N = 1;
   const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), grain = 32768, budget = grain << p.channels_last, halo_all = (p.K - 1) * p.dilation;
   auto view = [&](int64_t rows, int64_t width, int64_t col, int64_t step) {
     return p.channels_last ? View{rows, width, col, step, p.C, width * p.C, 1} : View{rows, width, col, step, 1, width, rows * width};
@@ -801,6 +807,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.multiple = j.direct && gaps ? at_once : 1;
   j.bytes = !j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes ? vector_bytes : bytes;
   if (j.direct && j.forward) j.nq = std::min(Q, 8 * wanted / j.lanes);
+  else if (j.direct && Q * j.lanes <= 4 * wanted) j.nq = Q;  // whole rows follow one another in memory
   if (narrow && p.stride_w > 1 && p.stride_w <= 8 && j.nq == j.q_end - j.q_begin) {
     View& v = j.forward ? j.vin : j.vout;
     j.first = v.col + j.q_begin * v.step, j.skip = v.step - 1;
