@@ -158,6 +158,11 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 #pragma GCC unroll 4
     for (int a = 0; a < A; a++) get(v + a * vectors<T>, p + a * at_once<T>);
   }
+  template <class T> static INLINE V get(const T* p) {  // one vector of R
+    typedef uint16_t Halves __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
+    if constexpr (vectors<T> == 1) return *(const V*)p;
+    else return widen<V>((T*)0, __builtin_convertvector(*(const Halves*)p, U) << 16);
+  }
   template <class T> static INLINE void put(T* p, const V* v) {
     if constexpr (vectors<T> == 1) *(Bits*)p = v[0];
     else *(Bits*)p = (V)(narrow<U>((T*)0, v[0]) >> 16 | (narrow<U>((T*)0, v[1]) & 0xffff0000u));
@@ -292,7 +297,11 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     for (int64_t r = 0; r < rows; r++, src += v.row, dst += to.stride) {
       const T* from = src;
       if (run > (px > 1))
-        for (int64_t i = 0; i < n; i += run, from += px) get(dst + i, from, run > 4 ? std::max(run, std::min({at_once<T>, end - from, dst_end - dst - i})) : run);  // whole vectors, even into what follows
+        for (int64_t i = 0; i < n; i += run, from += px) {
+          const int64_t room = std::min(end - from, dst_end - dst - i);  // for whole vectors, even into what follows
+          if (1 < run && run <= size && size <= room) *(V*)(dst + i) = get(from);
+          else get(dst + i, from, run > 4 ? std::max(run, std::min(at_once<T>, room)) : run);
+        }
       else if (px == 1 && tiny<T>(t, v.lane)) {
         R planes[(buffered + 1) * size];
         int64_t plane = v.lane, many = buffered / plane * size;
@@ -419,7 +428,8 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 
   // Output rows are taken 8 at a time and taps up to 7, both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all.
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
-  // Where columns of in have gaps, the processor foresees few rows at a time: WIDE takes half as many, of A times as many slots, and prefetches. So it does where rows are few.
+  // Where columns of in have gaps, the processor foresees few rows at a time: WIDE takes half as many, of A times as many slots, and prefetches:
+  // the line of the cache where a vector ends, which few others begin in (of 16-bit types, less in need of time, both). So it does where rows are few.
   template <bool WIDE, class E> static INLINE void conv(const Conv<E>& c) {
     const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table] = c;
     constexpr int N = !WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !WIDE ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
@@ -457,7 +467,8 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 #pragma GCC unroll 4
                   for (int a = 0; a < A; a++) {
                     get(v + a * vectors<E>, row + at[a]);
-                    if (WIDE) __builtin_prefetch(row + at[a] + ahead);
+                    if (WIDE) __builtin_prefetch(row + at[a] + ahead + at_once<E> - 1);
+                    if (WIDE && vectors<E> == 2) __builtin_prefetch(row + at[a] + ahead);
                   }
 #pragma GCC unroll 8
                   for (int t = 0; t < T; t++)
@@ -803,10 +814,11 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t at_once = bytes / element;
   const int64_t met = std::min(p.K, j.vin.rows);  // rows at once: too many in the same place of a cache are packed
   j.direct = p.type != Type::f16 && !narrow && run >= at_once && (p.channels_last ? met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536 : met <= 12 || j.vin.row <= 512) &&
-             (gaps ? (p.C - 1) % j.lanes + 1 >= at_once : p.stride_w == 1);
+             (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1);
   j.multiple = j.direct && gaps ? at_once : 1;
   j.bytes = !j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes ? vector_bytes : bytes;
   if (j.direct && j.forward) j.nq = std::min(Q, 8 * wanted / j.lanes);
+  else if (j.forward && p.channels_last) j.nq = std::min(Q, std::max(j.nq, budget / 2 / (j.vin.rows + j.vout.rows) / j.lanes));
   else if (j.direct && Q * j.lanes <= 4 * wanted) j.nq = Q;  // whole rows follow one another in memory
   if (narrow && p.stride_w > 1 && p.stride_w <= 8 && j.nq == j.q_end - j.q_begin) {
     View& v = j.forward ? j.vin : j.vout;
