@@ -485,29 +485,6 @@ def edited(old="struct Problem {", new="struct Problem {{  // {}"):
     return text.replace(old, new.format(random.SystemRandom().random()))
 
 
-def test_copies_in_one_process():
-    """Each runs its own code: one of the same sources, one whose kernels were edited."""
-    ours, x = ModelNew(4, 3), torch.randn(2, 4, 9, 6)
-    second = runpy.run_path(str(HERE / "model_new.py"))["ModelNew"](4, 3)
-    with temporary_folder() as folder, patch.dict(os.environ, TORCH_EXTENSIONS_DIR=str(folder)), patch.object(torch.version, "cuda", None):
-        edited_one = execute(edited("Expected x to be 3D", "Edited {}"))["ModelNew"](4, 3)
-    assert str(raised(lambda: edited_one(x[0, 0]))).startswith("Edited") and str(raised(lambda: ours(x[0, 0]))).startswith("Expected")
-    for module in second, edited_one:
-        module.load_state_dict(ours.state_dict())
-        same(module(x), ours(x))
-
-
-def test_warm_import():
-    """At most 100 ms above import torch, and prints nothing."""
-    code = "import time, torch; print('torch'); start = time.perf_counter(); import model_new; print(time.perf_counter() - start)"
-    runs = [python("-c", code) for _ in range(3)]
-    for run in runs:
-        assert re.fullmatch(r"torch\n[\d.e-]+\n", run.stdout) and "model_new" not in run.stderr, run.stdout + run.stderr
-    fastest = min(float(run.stdout.split()[1]) for run in runs)
-    print(f"warm import: {1000 * fastest:.0f} ms")
-    assert fastest <= 0.1, f"{1000 * fastest:.0f} ms"
-
-
 def toolkit(folder, version):
     """Something that looks like a CUDA toolkit of that version, at the CUDA_HOME that is returned."""
     for file, text in ("bin/nvcc", "#!/bin/sh"), ("include/cuda.h", f"#define CUDA_VERSION {version}"):
@@ -516,6 +493,33 @@ def toolkit(folder, version):
         path.write_text(text)
         path.chmod(0o755)
     return str(folder / str(version))
+
+
+def test_copies_in_one_process():
+    """Each runs its own code: one of the same sources, one whose kernels were edited; this one, with a toolkit of another
+    CUDA version, has been built for the CPU, and a CUDA tensor is told what is wrong."""
+    ours, x = ModelNew(4, 3), torch.randn(2, 4, 9, 6)
+    second = runpy.run_path(str(HERE / "model_new.py"))["ModelNew"](4, 3)
+    with temporary_folder() as folder, patch.dict(os.environ, TORCH_EXTENSIONS_DIR=str(folder), CUDA_HOME=toolkit(folder, 9000)):
+        edited_one = execute(edited("Expected x to be 3D", "Edited {}"))["ModelNew"](4, 3)
+    assert str(raised(lambda: edited_one(x[0, 0]))).startswith("Edited") and str(raised(lambda: ours(x[0, 0]))).startswith("Expected")
+    for module in second, edited_one:
+        module.load_state_dict(ours.state_dict())
+        same(module(x), ours(x))
+    if "cuda" in DEVICES:
+        assert re.search(r"without CUDA kernels.* is 9\.0 .*CUDA_HOME", str(raised(lambda: edited_one.cuda()(x.cuda()))))
+
+
+def test_warm_import():
+    """At most 100 ms above import torch, and prints nothing."""
+    code = "import time, torch; print('torch'); start = time.perf_counter(); import model_new; print(time.perf_counter() - start)"
+    took = []
+    while len(took) < 3 and min(took, default=1) > 0.1:  # the fastest of three
+        run = python("-c", code)
+        assert re.fullmatch(r"torch\n[\d.e-]+\n", run.stdout) and "model_new" not in run.stderr, run.stdout + run.stderr
+        took.append(float(run.stdout.split()[1]))
+    print(f"warm import: {1000 * min(took):.0f} ms")
+    assert min(took) <= 0.1, took
 
 
 def test_import_without():
@@ -582,16 +586,6 @@ def test_builds_are_told_apart():
                 namespace["_build"] = lambda library, **_: built.append(library) or 1 / 0
                 assert type(raised(namespace["_load"])) is ZeroDivisionError
     assert built[:7] == built[7:] and len(set(built)) == 7, built
-
-
-@on("cuda")
-def without_cuda_kernels(device):
-    """With a toolkit of another CUDA version, the import works on the CPU and a CUDA tensor is told what is wrong."""
-    x = torch.randn(2, 4, 9, 6)
-    with temporary_folder() as folder, patch.dict(os.environ, TORCH_EXTENSIONS_DIR=str(folder), CUDA_HOME=toolkit(folder, 9000)):
-        ours = execute(edited())["ModelNew"](4, 3)
-        same(ours(x), ours.conv2d(x))
-        assert re.search(r"without CUDA kernels.* is 9\.0 .*CUDA_HOME", str(raised(lambda: ours.cuda()(x.cuda()))))
 
 
 # What such harnesses reject anywhere in the text, Python comments stripped.
