@@ -69,6 +69,7 @@ CASES = [Case(*row) for row in [
     # name                         (N, C, H, W)        K  stride  padding  dilation bias
     ("plain",                      (2, 8, 32, 32),     3, 1,      0,       1,       False),
     ("one element",                (1, 1, 1, 1),       1, 1,      0,       1,       True),
+    ("one tap, padded",            (3, 5, 7, 6),       1, 1,      (1, 2),  1,       True),
     ("1x1 planes",                 (3, 5, 1, 1),       3, 1,      1,       1,       True),
     ("one channel",                (2, 1, 17, 13),     5, 1,      (2, 0),  1,       True),
     ("one column",                 (2, 3, 40, 1),      7, 1,      (3, 0),  1,       False),
