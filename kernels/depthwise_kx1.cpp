@@ -428,8 +428,9 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 
   // Output rows are taken 8 at a time and taps up to 7, both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all.
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
-  // Where columns of in have gaps, the processor foresees few rows at a time: WIDE takes half as many, of A times as many slots, and prefetches:
-  // the line of the cache where a vector ends, which few others begin in (of 16-bit types, less in need of time, both). So it does where rows are few.
+  // Where columns of in have gaps, the processor foresees few rows at a time: WIDE takes half as many, of A times as many slots, and prefetches.
+  // A vector that lies across two lines of the cache has its end prefetched, since a pixel's other vectors seldom begin there; for 16-bit types, where
+  // one more prefetch costs little beside the conversion, its beginning, too. WIDE also serves where rows are few.
   template <bool WIDE, class E> static INLINE void conv(const Conv<E>& c) {
     const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table] = c;
     constexpr int N = !WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !WIDE ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
@@ -555,10 +556,10 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     const int64_t L = std::lcm(c.S, c.D), jump = L / c.S;
     for (int64_t start = 0; start < std::min(jump, c.g_rows); start++) {
       int64_t m = start;
-      if constexpr (most >= 7)
+      if constexpr (most >= 7) {
         for (; m + 6 * jump < c.g_rows; m += 7 * jump) dots<7>(c, m, L);
-      if constexpr (most >= 7)
         for (; m + 3 * jump < c.g_rows; m += 4 * jump) dots<4>(c, m, L);
+      }
       for (; m + jump < c.g_rows; m += 2 * jump) dots<2>(c, m, L);
       for (; m < c.g_rows; m += jump) dots<1>(c, m, L);
     }
