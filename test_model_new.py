@@ -125,6 +125,7 @@ CASES = [Case(*row) for row in [
     ("one column, stride 2",       (9, 20, 33, 1),     5, 2,      (2, 0),  1,       True),
     ("33 channels, stride 2",      (3, 33, 21, 12),    5, 2,      (2, 1),  1,       True),
     ("24 channels, stride 3 in W", (2, 24, 20, 31),    3, (2, 3), (1, 4),  1,       True),
+    ("6 channels, stride 4 in W",  (2, 6, 19, 130),    5, (1, 4), (2, 3),  1,       True),
     ("tiny planes, many images",   (90, 50, 3, 4),     4, (2, 1), (2, 0),  1,       True),
     ("unbatched",                  (8, 20, 11),        3, 1,      1,       1,       True),
     ("unbatched, strided",         (3, 21, 12),        5, 2,      (2, 0),  1,       False),

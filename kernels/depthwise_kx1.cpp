@@ -109,6 +109,7 @@ template <class E> struct Conv {
   Rows<const E> in; int64_t in_rows, S, off, D, K;
   const E* w; int64_t w_tap; const E* init; int64_t period, slots;
   const void** table;  // of 8 * (K + 1) pointers
+  bool windows;
 };
 // Sums of tap k, `tap` apart, += rows m of g times those rows m * S + off + k * D of x that exist. Slots share a sum every `period`; those of a last, overlapping vector have their own.
 template <class E> struct Correlation {
@@ -134,11 +135,15 @@ template <int MOST, class F> INLINE void each_taps(int64_t n, const F& f) {
 }
 
 // Vectors of R, and the loops written with them
-template <class R, int BYTES, class Word = uint32_t> struct Vector {
+#if defined(__x86_64__)
+static const bool native_bfloat16 = __builtin_cpu_supports("avx512bf16");
+#endif
+template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> struct Vector {
   typedef R V __attribute__((vector_size(BYTES), aligned(sizeof(R)), may_alias));
   typedef std::conditional_t<sizeof(R) == 8, int64_t, int32_t> Int;
   typedef Int I __attribute__((vector_size(BYTES)));
   typedef Word U __attribute__((vector_size(BYTES)));
+  typedef Short Shorts __attribute__((vector_size(BYTES)));
   typedef R Bits __attribute__((vector_size(BYTES), aligned(2), may_alias));  // of any type
   static constexpr int64_t size = BYTES / sizeof(R);
 #if defined(__x86_64__)
@@ -150,10 +155,26 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
   // As many numbers of type T as fill a vector: as one vector of R or two, the even and the odd ones
   template <class T> static constexpr int vectors = sizeof(T) > 2 ? 1 : 2;
   template <class T> static constexpr int64_t at_once = vectors<T> * size;
-  template <class T> static INLINE void get(V* v, const T* p) {
-    v[0] = *(const Bits*)p;
-    if constexpr (vectors<T> == 2) v[1] = widen<V>((T*)0, (U)v[0] & 0xffff0000u), v[0] = widen<V>((T*)0, (U)v[0] << 16);
+  template <class T> static INLINE void split(V* v, const V& bits) {
+    if constexpr (vectors<T> == 1) v[0] = bits;
+    else v[0] = widen<V>((T*)0, (U)bits << 16), v[1] = widen<V>((T*)0, (U)bits & 0xffff0000u);
   }
+  template <class T> static INLINE V join(const V* v) {
+#if defined(__x86_64__)
+    if constexpr (BYTES > 16 && std::is_same_v<T, BFloat16>)
+      if (native_bfloat16) {
+        Shorts halves, mixed;  // the even numbers, then the odd ones
+#pragma GCC unroll 32
+        for (int e = 0; e < 2 * size; e++) mixed[e] = e % 2 * size + e / 2;
+        asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(v[0]), "v"(v[1]));
+        return (V)shuffle(halves, halves, mixed);
+      }
+#endif
+    if constexpr (vectors<T> == 1) return v[0];
+    else return (V)(narrow<U>((T*)0, v[0]) >> 16 | (narrow<U>((T*)0, v[1]) & 0xffff0000u));
+  }
+  template <class T> static INLINE void get(V* v, const T* p) { split<T>(v, *(const Bits*)p); }
+  template <class T> static INLINE void put(T* p, const V* v) { *(Bits*)p = join<T>(v); }
   template <int A, class T> static INLINE void get(V* v, const T* p) {  // A times as many
 #pragma GCC unroll 4
     for (int a = 0; a < A; a++) get(v + a * vectors<T>, p + a * at_once<T>);
@@ -163,20 +184,40 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     if constexpr (vectors<T> == 1) return *(const V*)p;
     else return widen<V>((T*)0, __builtin_convertvector(*(const Halves*)p, U) << 16);
   }
-  template <class T> static INLINE void put(T* p, const V* v) {
-    if constexpr (vectors<T> == 1) *(Bits*)p = v[0];
-    else *(Bits*)p = (V)(narrow<U>((T*)0, v[0]) >> 16 | (narrow<U>((T*)0, v[1]) & 0xffff0000u));
-  }
 
-  static INLINE V shuffle(const V& a, const V& b, const I& from) {  // from: of a's elements, then b's
+  template <class A, class From> static INLINE A shuffle(const A& a, const A& b, const From& from) {  // from: of a's elements, then b's
 #ifdef __clang__
-    V v;
-    for (int e = 0; e < size; e++) v[e] = (from[e] & size ? b : a)[from[e] & (size - 1)];
+    constexpr int n = BYTES / sizeof a[0];
+    A v;
+    for (int e = 0; e < n; e++) v[e] = (from[e] & n ? b : a)[from[e] & (n - 1)];
     return v;
 #else
     return __builtin_shuffle(a, b, from);
 #endif
   }
+
+  // Small pixels `px` apart: as many as fit a vector and lie within two. No other number is read or, by put, written.
+  template <class T> struct Window {
+    int64_t pixels;
+    uint64_t low, high, all;  // bytes in use of the two vectors and of the one
+    alignas(BYTES) std::conditional_t<sizeof(T) == 2, Short, Int> order[at_once<T>] = {};
+    static INLINE uint64_t first(int64_t bytes) { return bytes > 0 ? ~uint64_t(0) >> (64 - std::min<int64_t>(bytes, 64)) : 0; }
+    INLINE Window(int64_t lanes, int64_t px) : pixels(std::min(at_once<T> / lanes, (2 * at_once<T> - lanes) / px + 1)) {
+      const int64_t span = ((pixels - 1) * px + lanes) * sizeof(T);
+      low = first(span), high = first(span - BYTES), all = first(pixels * lanes * sizeof(T));
+      for (int64_t e = 0; e < pixels * lanes; e++) order[e] = e / lanes * px + e % lanes;
+    }
+#if defined(__x86_64__)
+    INLINE void get(V* v, const T* p) const {
+      V a, b;
+      asm("vmovdqu8 %1, %0%{%2%}%{z%}" : "=v"(a) : "m"(*(const Bits*)p), "Yk"(low));
+      asm("vmovdqu8 %1, %0%{%2%}%{z%}" : "=v"(b) : "m"(*(const Bits*)(p + at_once<T>)), "Yk"(high));
+      if constexpr (sizeof(T) == 2) split<T>(v, (V)shuffle((Shorts)a, (Shorts)b, *(const Shorts*)order));
+      else split<T>(v, shuffle(a, b, *(const I*)order));
+    }
+    INLINE void put(T* p, const V* v) const { asm("vmovdqu8 %1, %0%{%2%}" : "+m"(*(Bits*)p) : "v"(join<T>(v)), "Yk"(all)); }
+#endif
+  };
 
   // The even numbers and the odd ones of a and b; a and b again
   static INLINE void divide(V& a, V& b) {
@@ -428,15 +469,20 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
 
   // Output rows are taken 8 at a time and taps up to 7, both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all.
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
-  // Where columns of in have gaps, the processor foresees few rows at a time: WIDE takes half as many, of A times as many slots, and prefetches.
-  // A vector that lies across two lines of the cache has its end prefetched, since a pixel's other vectors seldom begin there; for 16-bit types, where
-  // one more prefetch costs little beside the conversion, its beginning, too. WIDE also serves where rows are few.
-  template <bool WIDE, class E> static INLINE void conv(const Conv<E>& c) {
-    const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table] = c;
+  // Where columns of in have gaps, the processor foresees few rows at a time: WIDE takes half as many, of A times as many slots, and prefetches:
+  // what the next rows meet if rows are short, else what lies ahead. The second cache can have more lines on their way than the first; 16-bit types
+  // gain more by having the line in the first, where it is near. A vector that lies across two lines has its end prefetched, since a pixel's other
+  // vectors seldom begin there; for 16-bit types, where one more prefetch costs little beside the conversion, its beginning, too.
+  // WIDE also serves where rows are few. WINDOWS is WIDE for pixels smaller than a vector.
+  template <bool WIDE, bool WINDOWS, class E> static INLINE void conv(const Conv<E>& c) {
+    const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table, windows] = c;
     constexpr int N = !WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !WIDE ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
-    constexpr int H = A * vectors<E>;
-    constexpr int64_t step = A * at_once<E>;
-    const int64_t px = in.lanes + in.skip, ahead = std::max<int64_t>(2048 / (px * sizeof(E)), 1) * px;
+    constexpr int H = A * vectors<E>, B = WINDOWS ? 1 : A;  // windows share weights
+    const int64_t px = in.lanes + in.skip;
+    const bool near = in.stride * sizeof(E) >= 16384, first_cache = near && sizeof(E) == 2;
+    const int64_t ahead = near ? std::max<int64_t>((first_cache ? 512 : 4096) / (px * sizeof(E)), 1) * px : N * S * in.stride;
+    const Window<E> window(WINDOWS ? in.lanes : 1, WINDOWS ? px : 1);
+    const int64_t width = WINDOWS ? window.pixels * in.lanes : at_once<E>, step = A * width;
     const int64_t jump = std::lcm(S, D) / S, L = out_rows > jump ? jump * S : D /* a row alone shares none */, every = L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride;
     for (int64_t start = 0; start < std::min(jump, out_rows); start++)
       for (int64_t m = start; m < out_rows; m += N * jump) {
@@ -448,44 +494,50 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
           const E* wj = w + k0 * w_tap + j;
           int64_t at[A];
 #pragma GCC unroll 4
-          for (int a = 0; a < A; a++) at[a] = n * in.image + in.at(i + a * at_once<E>);
+          for (int a = 0; a < A; a++) at[a] = n * in.image + in.at(i + a * width);
           asm("" : "+r"(rows), "+r"(wj), "+r"(at[0]));
           V sum[N][H];
 #pragma GCC unroll 8
-          for (int r = 0; r < N; r++) get<A>(sum[r], init + j);
+          for (int r = 0; r < N; r++) for (int a = 0; a < A; a++) get(sum[r] + a * vectors<E>, init + j + a % B * at_once<E>);
           for (int64_t c = 0; c < classes; c++, wj += w_tap) {
             const int64_t taps = least + (c < more);
             each_taps<WIDE ? 2 : most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
               constexpr int T = number;
-              V wk[T][H];
+              V wk[T][B * vectors<E>];
               const E* from = wj + k * w_step;
 #pragma GCC unroll 8
-              for (int t = 0; t < T; t++, from += w_step) get<A>(wk[t], from);
+              for (int t = 0; t < T; t++, from += w_step) get<B>(wk[t], from);
 #pragma GCC unroll 16
               for (int p = 0; p < N + T - 1; p++)
                 if (const E* row = (const E*)rows[k + p]) {
                   V v[H];
 #pragma GCC unroll 4
                   for (int a = 0; a < A; a++) {
-                    get(v + a * vectors<E>, row + at[a]);
-                    if (WIDE) __builtin_prefetch(row + at[a] + ahead + at_once<E> - 1);
-                    if (WIDE && vectors<E> == 2) __builtin_prefetch(row + at[a] + ahead);
+                    const E *const here = row + at[a], *const next = here + ahead, *const end = next + at_once<E> - !WINDOWS;
+                    if constexpr (WINDOWS) window.get(v + a * vectors<E>, here);
+                    else get(v + a * vectors<E>, here);
+                    if (WIDE) first_cache ? __builtin_prefetch(end) : __builtin_prefetch(end, 0, 2);
+                    if (WIDE && (WINDOWS || vectors<E> == 2)) first_cache ? __builtin_prefetch(next) : __builtin_prefetch(next, 0, 2);
                   }
 #pragma GCC unroll 8
                   for (int t = 0; t < T; t++)
                     if (p - t >= 0 && p - t < N)
-                      for (int h = 0; h < H; h++) sum[p - t][h] += wk[t][h] * v[h];
+                      for (int h = 0; h < H; h++) sum[p - t][h] += wk[t][h % (B * vectors<E>)] * v[h];
                 }
             });
             rows += taps + N - 1;
           }
+          const bool room = i + step - width + at_once<E> <= slots;  // for what a vector has behind its pixels: the next one overwrites that
           prefetch<WIDE ? 1 : N>(in, m * S + off + (K - 1) * D + N * L, L, at[0]);
 #pragma GCC unroll 4
           for (int a = 0; a < A; a++) {
-            E* to = out.data + n * out.image + m * out.stride + out.at(i + a * at_once<E>);
+            E* to = out.data + n * out.image + m * out.stride + out.at(i + a * width);
 #pragma GCC unroll 8
             for (int r = 0; r < N; r++, to += o_step)
-              if (r < count) put(to, sum[r] + a * vectors<E>);
+              if (r < count) {
+                if constexpr (WINDOWS) room ? put(to, sum[r] + a * vectors<E>) : window.put(to, sum[r] + a * vectors<E>);
+                else put(to, sum[r] + a * vectors<E>);
+              }
           }
           if ((j += wrap) >= period) j -= period;
         }
@@ -496,7 +548,7 @@ template <class R, int BYTES, class Word = uint32_t> struct Vector {
     if (N == 1 || in.stride * sizeof(E) >= 4096) return;
     const E* from = in.data + row * in.stride + at;
 #pragma GCC unroll 8
-    for (int r = 0; r < N; r++, from += L * in.stride) __builtin_prefetch(from);
+    for (int r = 0; r < N; r++, from += L * in.stride) __builtin_prefetch(from, 0, 2);
   }
   // The taps [k0, k1) some of whose rows exist, in classes, k = k0 + c, k0 + c + every, ...; for each, the rows that they and N rows of output meet
   struct Taps { int64_t k0, least, more, classes; };  // c < more: one more than `least`
@@ -588,8 +640,12 @@ template <class R, class T> void fill(int bytes, const View& v, T* dst, const Ti
 template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
 template <class E> void conv(int bytes, const Conv<E>& c) {
   using R = decltype(load(E()));
-  if ((c.in.skip || c.out_rows * std::gcd(c.S, c.D) <= 4 * c.D) && c.slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true>(c));
-  else SIMD(R, template conv<false>(c));
+#if defined(__x86_64__)
+  if constexpr (sizeof(E) < 8)
+    if (c.windows) return avx512([&](auto) __attribute__((always_inline)) { Vector<R, 64>::template conv<true, true>(c); });
+#endif
+  if ((c.in.skip || c.out_rows * std::gcd(c.S, c.D) <= 4 * c.D) && c.slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true, false>(c));
+  else SIMD(R, template conv<false, false>(c));
 }
 template <class E> void correlate(int bytes, const Correlation<E>& c) {
   using R = decltype(load(E()));
@@ -603,7 +659,7 @@ struct Job {
   Problem p;
   const void *in, *weight, *bias, *x;  // in: x forward, grad_output backward; x: for the weight gradient
   void* out;                           // y or grad_input
-  bool forward, want_weight, want_bias, direct;
+  bool forward, want_weight, want_bias, direct, windows;
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
   int64_t lanes, multiple;             // lanes per tile; slots of a pixel are a multiple of this: its last vector overlaps
   int64_t channels, images;            // as regrouped (narrow planes of few channels)
@@ -695,7 +751,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
         using E = std::remove_pointer_t<decltype(weights)>;
         const auto* init = weights + K * w_tap;
-        if (j.out && j.forward) conv(j.bytes, Conv<E>{images, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, padded, slots, table.data()});
+        if (j.out && j.forward) conv(j.bytes, Conv<E>{images, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, padded, slots, table.data(), j.windows});
         if (j.out && !j.forward) for (int64_t i = o0; i < std::min(o0 + S, o1); i++) {
           // Rows i, i + S, ... of grad_input meet only the taps k, k + every, ...; the last of them meets the first row of grad_output.
           int64_t k = 0, every = S / std::gcd(S, D);
@@ -704,7 +760,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           auto rows = out;
           rows.data += (i - o0) * out.stride, rows.stride *= S;
           conv(j.bytes, Conv<E>{images, rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
-               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, padded, slots, table.data()});
+               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, padded, slots, table.data(), false});
         }
         if (j.want_weight) {
           if (ends && last >= 0 && last != slots) reduce(last);
@@ -721,7 +777,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         }
       };
       auto in_place = [&](const View& v, auto* from, int64_t row) {
-        return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v, n0) + row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, apart(v), padded, v.step * v.px - padded, lanes - vector};
+        return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v, n0) + row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, apart(v), padded, v.step * v.px - padded, lanes - j.multiple};
       };
       auto in_buffer = [&](auto* buffer, const View& v, int64_t room, bool whole) {
         using E = std::remove_pointer_t<decltype(buffer)>;
@@ -814,10 +870,12 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;
   const int64_t at_once = bytes / element;
   const int64_t met = std::min(p.K, j.vin.rows);  // rows at once: too many in the same place of a cache are packed
-  j.direct = p.type != Type::f16 && !narrow && run >= at_once && (p.channels_last ? met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536 : met <= 12 || j.vin.row <= 512) &&
-             (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1);
-  j.multiple = j.direct && gaps ? at_once : 1;
-  j.bytes = !j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes ? vector_bytes : bytes;
+  const bool spread = met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536;
+  j.windows = vector_bytes == 64 && j.forward && gaps && spread && element * j.lanes < 64 && (p.type == Type::bf16 || p.type == Type::f32) && Q * j.lanes >= 128;
+  j.direct = j.windows || (p.type != Type::f16 && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
+                           (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
+  j.multiple = j.direct && gaps && !j.windows ? at_once : 1;
+  j.bytes = j.windows || (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) ? vector_bytes : bytes;
   if (j.direct && j.forward) j.nq = std::min(Q, 8 * wanted / j.lanes);
   else if (j.forward && p.channels_last) j.nq = std::min(Q, std::max(j.nq, budget / 2 / (j.vin.rows + j.vout.rows) / j.lanes));
   else if (j.direct && Q * j.lanes <= 4 * wanted) j.nq = Q;  // whole rows follow one another in memory
@@ -832,7 +890,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.cut = j.band < j.vout.rows && j.band >= block ? block : 1, j.band -= j.band % j.cut;
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
   j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
-  j.together = j.bands * j.column_tiles > 1 ? 1 : clamp(budget / ((j.in_rows + j.band) * j.slots), 1, j.images);
+  j.together = j.bands * j.column_tiles > 1 || j.windows ? 1 : clamp(budget / ((j.in_rows + j.band) * j.slots), 1, j.images);
   j.sets = ceil_div(j.images, j.together);
   const int64_t units = j.sets * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
