@@ -109,7 +109,7 @@ template <class E> struct Conv {
   Rows<const E> in; int64_t in_rows, S, off, D, K;
   const E* w; int64_t w_tap; const E* init; int64_t period, slots;
   const void** table;  // of 8 * (K + 1) pointers
-  bool windows;
+  bool windows, past_caches;
 };
 // Sums of tap k, `tap` apart, += rows m of g times those rows m * S + off + k * D of x that exist. Slots share a sum every `period`; those of a last, overlapping vector have their own.
 template <class E> struct Correlation {
@@ -175,6 +175,13 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   }
   template <class T> static INLINE void get(V* v, const T* p) { split<T>(v, *(const Bits*)p); }
   template <class T> static INLINE void put(T* p, const V* v) { *(Bits*)p = join<T>(v); }
+  template <class T> static INLINE void put_past_caches(T* p, const V* v) {  // whole lines of them
+#if defined(__x86_64__)
+    if (reinterpret_cast<uintptr_t>(p) % 64 == 0) asm("vmovntps %1, %0" : "=m"(*(Bits*)p) : "v"(join<T>(v)));
+    else
+#endif
+      put(p, v);
+  }
   template <int A, class T> static INLINE void get(V* v, const T* p) {  // A times as many
 #pragma GCC unroll 4
     for (int a = 0; a < A; a++) get(v + a * vectors<T>, p + a * at_once<T>);
@@ -475,7 +482,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   // vectors seldom begin there; for 16-bit types, where one more prefetch costs little beside the conversion, its beginning, too.
   // WIDE also serves where rows are few. WINDOWS is WIDE for pixels smaller than a vector.
   template <bool WIDE, bool WINDOWS, class E> static INLINE void conv(const Conv<E>& c) {
-    const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table, windows] = c;
+    const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table, windows, past_caches] = c;
     constexpr int N = !WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !WIDE ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
     constexpr int H = A * vectors<E>, B = WINDOWS ? 1 : A;  // windows share weights
     const int64_t px = in.lanes + in.skip;
@@ -536,6 +543,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
             for (int r = 0; r < N; r++, to += o_step)
               if (r < count) {
                 if constexpr (WINDOWS) room ? put(to, sum[r] + a * vectors<E>) : window.put(to, sum[r] + a * vectors<E>);
+                else if (BYTES == 64 && past_caches) put_past_caches(to, sum[r] + a * vectors<E>);
                 else put(to, sum[r] + a * vectors<E>);
               }
           }
@@ -659,7 +667,7 @@ struct Job {
   Problem p;
   const void *in, *weight, *bias, *x;  // in: x forward, grad_output backward; x: for the weight gradient
   void* out;                           // y or grad_input
-  bool forward, want_weight, want_bias, direct, windows;
+  bool forward, want_weight, want_bias, direct, windows, past_caches;
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
   int64_t lanes, multiple;             // lanes per tile; slots of a pixel are a multiple of this: its last vector overlaps
   int64_t channels, images;            // as regrouped (narrow planes of few channels)
@@ -751,7 +759,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
         using E = std::remove_pointer_t<decltype(weights)>;
         const auto* init = weights + K * w_tap;
-        if (j.out && j.forward) conv(j.bytes, Conv<E>{images, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, padded, slots, table.data(), j.windows});
+        if (j.out && j.forward) conv(j.bytes, Conv<E>{images, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, padded, slots, table.data(), j.windows, j.past_caches});
         if (j.out && !j.forward) for (int64_t i = o0; i < std::min(o0 + S, o1); i++) {
           // Rows i, i + S, ... of grad_input meet only the taps k, k + every, ...; the last of them meets the first row of grad_output.
           int64_t k = 0, every = S / std::gcd(S, D);
@@ -760,7 +768,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           auto rows = out;
           rows.data += (i - o0) * out.stride, rows.stride *= S;
           conv(j.bytes, Conv<E>{images, rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
-               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, padded, slots, table.data(), false});
+               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, padded, slots, table.data(), false, j.past_caches});
         }
         if (j.want_weight) {
           if (ends && last >= 0 && last != slots) reduce(last);
@@ -815,6 +823,9 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     for (int64_t s = 0; s < j.nq * lanes; s++) total[K * j.lanes + s % lanes] += totals[K * tap + s];
     std::fill(totals.begin(), totals.end(), 0.0);
   }
+#if defined(__x86_64__)
+  if (j.past_caches) asm volatile("sfence" ::: "memory");
+#endif
 }
 
 void float64_tasks(const Job&, int64_t begin, int64_t end);
@@ -874,6 +885,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.windows = vector_bytes == 64 && j.forward && gaps && spread && element * j.lanes < 64 && (p.type == Type::bf16 || p.type == Type::f32) && Q * j.lanes >= 128;
   j.direct = j.windows || (p.type != Type::f16 && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
+  j.past_caches = j.direct && p.N * p.C * j.vout.rows * j.vout.width * element > 16 << 20;
   j.multiple = j.direct && gaps && !j.windows ? at_once : 1;
   j.bytes = j.windows || (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) ? vector_bytes : bytes;
   if (j.direct && j.forward) j.nq = std::min(Q, 8 * wanted / j.lanes);
