@@ -155,7 +155,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   // As many numbers of type T as fill a vector: as one vector of R or two, the even and the odd ones
   template <class T> static constexpr int vectors = sizeof(T) > 2 ? 1 : 2;
   template <class T> static constexpr int64_t at_once = vectors<T> * size;
-  template <class T> static INLINE void split(V* v, const V& bits) {
+  template <class T> static INLINE void split(V* v, const V bits) {  // by value: what a reference is bound to would have to be aligned
     if constexpr (vectors<T> == 1) v[0] = bits;
     else v[0] = widen<V>((T*)0, (U)bits << 16), v[1] = widen<V>((T*)0, (U)bits & 0xffff0000u);
   }
