@@ -478,7 +478,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
   // Where columns of in have gaps, the processor foresees few rows at a time: WIDE takes half as many, of A times as many slots, and prefetches:
   // what the next rows meet if rows are short, else what lies ahead. The second cache can have more lines on their way than the first; 16-bit types
-  // gain more by having the line in the first, where it is near. A vector that lies across two lines has its end prefetched, since a pixel's other
+  // gain more by having the line in the first, where rows are long. A vector that lies across two lines has its end prefetched, since a pixel's other
   // vectors seldom begin there; for 16-bit types, where one more prefetch costs little beside the conversion, its beginning, too.
   // WIDE also serves where rows are few. WINDOWS is WIDE for pixels smaller than a vector.
   template <bool WIDE, bool WINDOWS, class E> static INLINE void conv(const Conv<E>& c) {
@@ -486,8 +486,8 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     constexpr int N = !WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !WIDE ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
     constexpr int H = A * vectors<E>, B = WINDOWS ? 1 : A;  // windows share weights
     const int64_t px = in.lanes + in.skip;
-    const bool near = in.stride * sizeof(E) >= 16384, first_cache = near && sizeof(E) == 2;
-    const int64_t ahead = near ? std::max<int64_t>((first_cache ? 512 : 4096) / (px * sizeof(E)), 1) * px : N * S * in.stride;
+    const bool long_rows = in.stride * sizeof(E) >= 16384, first_cache = long_rows && sizeof(E) == 2;
+    const int64_t ahead = long_rows ? std::max<int64_t>((first_cache ? 512 : 4096) / (px * sizeof(E)), 1) * px : N * S * in.stride;
     const Window<E> window(WINDOWS ? in.lanes : 1, WINDOWS ? px : 1);
     const int64_t width = WINDOWS ? window.pixels * in.lanes : at_once<E>, step = A * width;
     const int64_t jump = std::lcm(S, D) / S, L = out_rows > jump ? jump * S : D /* a row alone shares none */, every = L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride;
@@ -667,7 +667,8 @@ struct Job {
   Problem p;
   const void *in, *weight, *bias, *x;  // in: x forward, grad_output backward; x: for the weight gradient
   void* out;                           // y or grad_input
-  bool forward, want_weight, want_bias, direct, windows, past_caches;
+  bool forward, want_weight, want_bias, direct;  // direct: computed in the tensors, not in buffers;
+  bool windows, past_caches;           // then: pixels of few channels with gaps between them; an output that no cache holds
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
   int64_t lanes, multiple;             // lanes per tile; slots of a pixel are a multiple of this: its last vector overlaps
   int64_t channels, images;            // as regrouped (narrow planes of few channels)
@@ -824,7 +825,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     std::fill(totals.begin(), totals.end(), 0.0);
   }
 #if defined(__x86_64__)
-  if (j.past_caches) asm volatile("sfence" ::: "memory");
+  if (j.past_caches) asm volatile("sfence" ::: "memory");  // such stores are not ordered with those that tell of the task's end
 #endif
 }
 
