@@ -135,6 +135,8 @@ CASES = [Case(*row) for row in [
    + [Case(f"K={K}, 1024 numbers in a row", (2, 64, 45, 16), K, 1, (K // 2, 0), 1, K % 2 == 0) for K in (*range(1, 13), 21, 22, 31)] \
    + [Case(f"bands, dilation {d}", (3, 24, 117, 24), K, 1, (K * d // 2, 2), (d, 1), True) for K, d in ((3, 1), (6, 2), (11, 3))] \
    + [Case("shared memory of nearly 48 KB", (1, 24, 200, 56), 4, 1, 2, 1, True)] \
+   + [Case(f"W={W}, K={K}, dilation {d}", (2, 3, 90, W), K, 1, (K * d // 2, padding), d, K % 2 == 0)
+      for W, K, padding, d in ((251, 31, 0, 1), (300, 18, 3, 1), (601, 20, 0, 1), (125, 10, 1, 3), (499, 190, 0, 1))] \
    + [Case(f"W={W}", (2, 4, 19, W), 5, 1, (2, 0), 1, True) for W in (2, 3, 4, 7, 8, 15, 31, 33, 65, 129, 257)]
 
 VIEWS = {  # a random tensor of the shape and dtype, stored in unusual ways

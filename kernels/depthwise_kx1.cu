@@ -642,37 +642,42 @@ template <class T> __device__ uint32_t max_nan(uint32_t a, uint32_t b) {
 constexpr int step = 32, strip_bytes = 128, aligned_pitch = strip_bytes + 16;
 template <class T> constexpr int strip = strip_bytes / sizeof(T);
 constexpr int pixels = 8;  // of a strip in channels_last
+constexpr int gap = strip_bytes;  // zeros around 32 rows of an unaligned line
 constexpr int resident_blocks(bool gradient, bool aligned, int size) { return gradient ? 2 : aligned && size == 2 ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
 
 struct Toeplitz : Pass {
   int tiles;
   const void *in_end, *x_end;            // of the tensors
-  bool in_even, x_even, out_even;        // strips' rows begin at multiples of 4 bytes
   int64_t in_row, out_row;               // numbers from a row to the next of its residue class, in channels_last
-  int column_begin, strip_columns;       // where the first strip begins in out, and columns of each
-  Divisor dilation, strips;              // strips: of a plane
-  int lines;                             // strips of all planes of a channel
-  Divisor bands, residues;               // of a strip
-  int sets, groups, side;                // a block keeps one of the sets of channels: one, or `groups` times 8; it has `side` strips of each
-  int band_steps, units, splits;         // unit: a band of `side` strips; a set's are dealt to `splits` blocks
-  int in_pitch, x_pitch, out_pitch;      // of rows in shared memory, in bytes
-  int ring_pairs, ring_offset, x_offset, dots_offset, out_offset, warp_bytes;  // of a warp's shared memory
+  int column_begin;                      // where the first line begins in out
+  int line_strips, line_columns;         // of a line
+  Divisor dilation, strips;              // strips: lines of a plane
+  int lines;                             // of all planes of a channel
+  Divisor bands, residues;               // of a line
+  int sets, groups, side;                // a block keeps one of the sets of channels: one, or `groups` times 8; it has `side` lines of each
+  int band_steps, units, splits;         // unit: a band of `side` lines; a set's are dealt to `splits` blocks
+  Divisor row_granules;                  // of 16 bytes, of a line's columns
+  bool whole;                            // unaligned lines: all of a plane's columns, and rows follow one another
+  int in_pitch, out_pitch;               // of rows in shared memory, in bytes
+  int ring_pairs, ring_offset, pair_bytes, x_offset, dots_offset, out_offset, line_bytes;  // of a line's shared memory
 };
 
-// A band of a strip: plane (an image if channels_last), first row and column in out, steps and rows.
+// A band of a line: plane (an image if channels_last), first row and column in out, steps and rows. Mixed: a block's units are of all bands,
+// for the last one is shorter.
 struct Band { int n, row, column, steps, rows; bool busy; };
-__device__ Band band(const Toeplitz& a, int unit, int strip) {
+template <bool mixed> __device__ Band band(const Toeplitz& a, int unit, int strip) {
   Band of;
   int residue, index, s;
-  const int line = a.residues(a.bands(unit, index), residue) * a.side + strip;
-  of.n = a.strips(line, s), of.column = a.column_begin + s * a.strip_columns, of.busy = line < a.lines;
+  const int lines = a.bands(unit, index), line = a.residues(lines, residue) * a.side + strip;
+  if (mixed) a.bands(index + lines, index);
+  of.n = a.strips(line, s), of.column = a.column_begin + s * a.line_columns, of.busy = line < a.lines;
   of.row = residue + index * a.band_steps * step * int(a.dilation.divisor), of.rows = a.dilation.steps(a.out_rows - of.row);
   of.steps = min(a.band_steps, (of.rows + step - 1) / step);
   return of;
 }
-__device__ int next_steps(const Toeplitz& a, int& unit) {  // of the next unit that has some
+template <bool mixed> __device__ int next_steps(const Toeplitz& a, int& unit) {  // of the next unit that has some
   int steps = 0;
-  while (steps <= 0 && (unit += a.splits) < a.units) steps = band(a, unit, 0).steps;
+  while (steps <= 0 && (unit += a.splits) < a.units) steps = band<mixed>(a, unit, 0).steps;
   return steps;
 }
 
@@ -682,19 +687,21 @@ __device__ int next_steps(const Toeplitz& a, int& unit) {  // of the next unit t
 // gradient comes from the same blocks: of D_t = X_b In_{b+t}^T, summed over all b, diagonal c - r is tap 16 t + c - r.
 // Rows of one residue class modulo the dilation form a plane of their own.
 //
-// A block of 1, 2 or 4 warps takes units: bands of as many strips of 128 bytes of rows of out, one a warp, walked in steps of 32 rows. In
-// shared memory: the taps, and of each warp a ring of pairs of blocks of `in` that a step needs and of the one under way, 32 rows of x,
-// the D_t, and a place where unaligned rows of out are put together. In registers: out's two blocks and x's. All blocks are read from
-// the ring once a step, so registers do not depend on the number of taps. Written are out, each number once, and a block's sums of
-// D_t and of grad_output (`partial`), which `reduce` adds up in fixed order.
+// A warp has a strip of 128 bytes of rows of out, which is walked in steps of 32 rows; a line is a strip or, unaligned, some side by side.
+// A block takes units: bands of lines. In shared memory: the taps, of each line a ring of pairs of blocks of `in` that a step needs and of
+// the one under way, and 32 rows of x, of each warp the D_t. In registers: out's two blocks and x's. All blocks are read from the ring
+// once a step, so registers do not depend on the number of taps. Written are out, each number once, and a block's sums of D_t and of
+// grad_output (`partial`), which `reduce` adds up in fixed order.
 //
 // Columns can be dealt to the fragments at will: a lane gets contiguous columns of in and of out. A pitch of 16 modulo 128 bytes
-// keeps all this free of bank conflicts. Rows that do not line up with 16 bytes lie in shared memory as they do in global memory, and
-// are stored 16 bytes at once but for their ends in a strip.
+// keeps all this free of bank conflicts.
+//
+// Unaligned, rows lie in shared memory as they do in global memory, modulo 16 bytes; lines that are all of a plane's columns (`whole`) are
+// stretches of memory, copied as such. Rows of out are put together where the step's first rows of in were. Strips meet what follows
+// the ends of their rows: other rows, or the zeros of a gap. That is left out of sums and not stored.
 //
 // Barriers: before a copy, all have read what it replaces; after the wait, all copies have landed, as each warp copies rows for all.
-// They also keep warps in step, so that these read longer stretches of memory. Unaligned gradients are better off without: each
-// warp copies its own rows there.
+// They also keep warps in step, so that these read longer stretches of memory.
 //
 // Zeros of A_t beyond the band times an infinity are NaN: where a result is NaN, it is computed again from the definition.
 //
@@ -747,52 +754,111 @@ __device__ void store_16(void* to, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// Starts to copy 32 rows of a strip, `row_bytes` apart, to rows `pitch` apart that are congruent to them modulo 16 bytes; zeros for
-// rows outside [lo, hi) and to the right of byte `end` of a row; bytes before `begin` are not used. The tensor ends at `limit`:
-// numbers there are copied one by one, since compute-sanitizer takes an asynchronous copy of fewer than 16 bytes for one of 16.
-// Aligned: the warps of a block share the rows of all. (Unrolled loops behind `if constexpr` are in braces: without, nvcc 13.0 drops the loop and says nothing.)
-template <bool Aligned> __device__ void copy_pair(unsigned char* to, int pitch, const char* from, int64_t row_bytes, int lo, int hi, int begin, int end, const char* limit) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (Aligned) {
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, rows = 4 / warps, offset = lane % 8 * 16;
-    int row = warp * 8 * rows + lane / 8 / warps;
-    to += row * pitch + offset, from += row * row_bytes + offset;
-    if (lo <= 0 && hi >= step && offset < end) {
+// Starts to copy 32 rows of aligned strips, `row_bytes` apart, to rows one pitch apart; zeros for rows outside [lo, hi) and to the right of
+// byte `end` of a row. The warps of a block share the rows of all.
+__device__ void copy_pair(unsigned char* to, const char* from, int64_t row_bytes, int lo, int hi, int end) {
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32, warp = threadIdx.x / 32, rows = 4 / warps, offset = lane % 8 * 16;
+  int row = warp * 8 * rows + lane / 8 / warps;
+  to += row * aligned_pitch + offset, from += row * row_bytes + offset;
+  if (lo <= 0 && hi >= step && offset < end) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i, to += rows * pitch, from += rows * row_bytes) copy_async(to, from, 16);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i, row += rows, to += rows * pitch, from += rows * row_bytes) {
-        if (row >= lo && row < hi && offset < end) copy_async(to, from, 16);
-        else *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
-      }
-    }
+    for (int i = 0; i < 8; ++i, to += rows * aligned_pitch, from += rows * row_bytes) copy_async(to, from, 16);
   } else {
-    enum { inside, at_an_edge, at_the_end };
-    const auto copy = [&]<int where> {
-#pragma unroll(where == at_the_end ? 1 : 9)
-      for (int i = 0; i <= 8; ++i) {
-        const int row = i < 8 ? i * 4 + lane / 8 : lane, granule = i < 8 ? lane % 8 : 8;
-        const char* p = from + row * row_bytes + granule * 16;
-        const int skipped = reinterpret_cast<uintptr_t>(p) & 15, offset = granule * 16 - skipped;
-        unsigned char* const q = to + row * pitch + offset;
-        p -= skipped;
-        const int count = where == inside ? 16 : row >= lo && row < hi && offset + 16 > begin ? min(max(end - offset, 0), 16) : 0;
-        if (where == at_the_end && count % 16 && p + 16 > limit) {
-          for (int b = 0; b < 16; b += 2) *reinterpret_cast<uint16_t*>(q + b) = b < count ? *reinterpret_cast<const uint16_t*>(p + b) : 0;
-        } else if (where != inside || i < 8 || skipped) copy_async(q, p, count);
-      }
-    };
-    if (lo <= 0 && hi >= step && begin <= 0 && end >= strip_bytes + 16) copy.template operator()<inside>();
-    else if (from + (min(hi, step) - 1) * row_bytes + end + 16 <= limit) copy.template operator()<at_an_edge>();
-    else copy.template operator()<at_the_end>();
+#pragma unroll
+    for (int i = 0; i < 8; ++i, row += rows, to += rows * aligned_pitch, from += rows * row_bytes) {
+      if (row >= lo && row < hi && offset < end) copy_async(to, from, 16);
+      else *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+    }
   }
 }
 
-// A block's rows (even: at multiples of 4 bytes) as operand of a product over columns, zeros before column `first`: fragments of 16
-// columns each, in an order that is the same for all rows.
+// 32 rows of an unaligned line lie in shared memory as they do in global memory modulo 16 bytes, or if `whole` all of them as one row, for
+// they follow one another. Calls f for each of the thread's granules of 16 bytes, by fours: f(which, row, byte of the row).
+template <bool whole, class F> __device__ void each_granule(const Toeplitz& a, int pitch, int thread, const F& f) {
+  const int threads = 32 * a.line_strips, n = whole ? step * pitch / 16 + 1 : step * threads / 4;
+  int granule, row = a.row_granules(thread, granule);
+#pragma unroll 1
+  for (int first = thread; first < n; first += 4 * threads, row += 16) {
+    f([&](int i, const auto& body) {
+      if (!whole) body(row + 4 * i, granule * 16);
+      else if (first + i * threads < n) body(0, (first + i * threads) * 16);
+    });
+  }
+}
+
+// Starts to copy 32 rows of an unaligned line; zeros for rows outside [lo, hi). Numbers at the ends of a plane or a tensor [begin, limit) are
+// copied one by one.
+__device__ void copy_line(const Toeplitz& a, unsigned char* to, int pitch, const char* from, int64_t row_bytes, int lo, int hi, const char* begin, const char* limit, int thread) {
+  const int skipped = reinterpret_cast<uintptr_t>(from) & 15;
+  to += skipped;
+  const auto copy = [&]<bool whole, bool inside> {
+    const auto one = [&](int row, int byte) {
+      byte -= row * pitch + skipped & 15;
+      const char* const p = from + (row * row_bytes + byte);
+      unsigned char* const q = to + row * pitch + byte;
+      if (inside) return copy_async(q, p, 16);
+      // what there is, in bytes from p
+      const int first = whole ? lo * pitch - byte : row >= lo ? 0 : 16, last = whole ? hi * pitch - byte : row < hi ? 16 : 0;
+      if (first >= 16 || last <= 0) *reinterpret_cast<uint4*>(q) = make_uint4(0, 0, 0, 0);
+      else if ((byte < 0 || first <= 0) && last >= 16 && p >= begin && p + 16 <= limit) copy_async(q, p, 16);
+      else {
+#pragma unroll 1
+        for (int b = 0; b < 16; b += 2) *reinterpret_cast<uint16_t*>(q + b) = b >= first && b < last && p + b >= begin && p + b < limit ? *reinterpret_cast<const uint16_t*>(p + b) : 0;
+      }
+    };
+    each_granule<whole>(a, pitch, thread, [&](const auto& granule) {
+#pragma unroll(inside ? 4 : 1)
+      for (int i = 0; i < 4; ++i) granule(i, one);
+    });
+    if (!whole && thread < step) one(thread, a.line_columns * 2);
+  };
+  const bool inside = lo <= 0 && hi >= step && (a.whole || from - 16 >= begin) && from + (step * row_bytes + a.line_columns * 2 + 32) <= limit;
+  lo = min(max(lo, 0), step), hi = min(max(hi, 0), step + 1);
+  if (a.whole) inside ? copy.template operator()<true, true>() : copy.template operator()<true, false>();
+  else inside ? copy.template operator()<false, true>() : copy.template operator()<false, false>();
+}
+
+// Stores `rows` rows of an unaligned line, bytes [begin, end) of each.
+__device__ void store_line(const Toeplitz& a, const unsigned char* from, int pitch, char* to, int64_t row_bytes, int rows, int begin, int end, int thread) {
+  const int skipped = reinterpret_cast<uintptr_t>(to) & 15;
+  from += skipped;
+  if (a.whole) begin = 0, end = rows * pitch, rows = rows > 0;
+  const auto ahead = [&](int row) { return -(row * pitch + skipped + begin) & 15; };  // of its first whole granule
+  const auto four = [&](const auto& granule) {
+    uint4 v[4];
+    char* at[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      granule(i, [&](int row, int byte) {
+        byte += begin + ahead(row);
+        if (row < rows && byte + 16 <= end) v[i] = *reinterpret_cast<const uint4*>(from + row * pitch + byte), at[i] = to + (row * row_bytes + byte);
+      });
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (at[i]) store_16(at[i], v[i]);
+  };
+  a.whole ? each_granule<true>(a, pitch, thread, four) : each_granule<false>(a, pitch, thread, four);
+#pragma unroll 1
+  for (int i = thread; i < rows * 16; i += 32 * a.line_strips) {  // what is left at the ends
+    const int row = i / 16, first = min(begin + ahead(row), end), last = max(end - (row * pitch + skipped + end & 15), first), byte = i % 8 * 2 + (i % 16 < 8 ? begin : last);
+    if (byte < (i % 16 < 8 ? first : end)) *reinterpret_cast<uint16_t*>(to + (row * row_bytes + byte)) = *reinterpret_cast<const uint16_t*>(from + row * pitch + byte);
+  }
+}
+
+// 2 N numbers of 16 bits by words, from an address on that is `odd`, 0 or 2, modulo 4.
+template <int N> __device__ void load_pairs(uint32_t (&to)[N], const unsigned char* from, int odd) {
+  from -= odd;
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = at<uint32_t>(from + 4 * i);
+  const uint32_t end = odd ? at<uint32_t>(from + 4 * N) : 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = __funnelshift_r(to[i], i + 1 < N ? to[i + 1] : end, odd * 8);
+}
+
+// A block's rows, the first at `place` modulo 4, as operand of a product over columns, zeros outside columns [first, last) if unaligned: fragments of 16 columns each, in
+// an order that is the same for all rows.
 template <class T, bool Aligned>
-__device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const unsigned char* block, int pitch, bool even = false, int first = 0) {
+__device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const unsigned char* block, int pitch, int place = 0, int first = 0, int last = strip<T>) {
   const int lane = threadIdx.x % 32;
   if constexpr (std::is_same_v<T, float>) {
     block += lane % 8 * pitch + lane / 8 * 16;
@@ -817,22 +883,18 @@ __device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const u
       for (int j = 0; j < 4; ++j) to[i][0][j / 2][j % 2] = raw[j];
     }
   } else {
-    const unsigned char* const from = block + lane / 4 * pitch + lane % 4 * 4;
-    const auto load = [&]<bool at_once> {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t words[8];
+      load_pairs(words, block + (h * 8 + lane / 4) * pitch + lane % 4 * 32, place + lane / 4 * pitch & 2);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) to[i / 2][0][h][i % 2] = words[i];
+    }
+    if (first > 0 || last < strip<T>) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        const unsigned char* const p = from + i / 2 % 2 * 8 * pitch + i / 4 * 32 + i % 2 * 16;
-        if constexpr (at_once) to[i / 4][0][i / 2 % 2][i % 2] = at<uint32_t>(p);
-        else to[i / 4][0][i / 2 % 2][i % 2] = __byte_perm(at<uint16_t>(p), at<uint16_t>(p + 2), 0x5410);
-      }
-    };
-    if (even) load.template operator()<true>();
-    else load.template operator()<false>();
-    if (first > 0) {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int column = i / 4 * 16 + i % 2 * 8 + lane % 4 * 2;
-        to[i / 4][0][i / 2 % 2][i % 2] &= column >= first ? ~0u : column + 1 >= first ? 0xffff0000 : 0;
+        const int column = lane % 4 * 16 + i % 8 * 2;
+        to[i % 8 / 2][0][i / 8][i % 2] &= (column >= first && column < last ? 0xffff : 0) | (column + 1 >= first && column + 1 < last ? 0xffff0000 : 0);
       }
     }
   }
@@ -860,38 +922,42 @@ __device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weigh
 }
 
 template <class T, bool Aligned, bool Gradient>
-__global__ void __launch_bounds__(128, resident_blocks(Gradient, Aligned, sizeof(T)))
+__global__ void __launch_bounds__(Aligned ? 128 : Gradient ? 256 : 384, Aligned ? resident_blocks(Gradient, Aligned, sizeof(T)) : 1)
 toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
          const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
-  constexpr int J = Aligned ? 8 / sizeof(T) : 2;  // contiguous columns of in that a lane loads; of out it gets 2 J
+  constexpr int J = Aligned ? 8 / sizeof(T) : 8;  // contiguous columns of in that a lane loads; of out it gets 2 J
   constexpr int N = strip<T> / 8, P = parts<T>, per_word = 4 / sizeof(T), words = 2 * J / per_word;
   extern __shared__ __align__(16) unsigned char shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, q = lane % 4, g = lane / 4;
   const int split = blockIdx.x / a.C, c = blockIdx.x % a.C, d = a.dilation.divisor, tiles = a.tiles;
-  const int in_pitch = Aligned ? aligned_pitch : a.in_pitch, x_pitch = Aligned ? aligned_pitch : a.x_pitch;
+  const int in_pitch = Aligned ? aligned_pitch : a.in_pitch, out_pitch = Aligned ? aligned_pitch : a.out_pitch, pair_bytes = Aligned ? step * aligned_pitch : a.pair_bytes;
+  const int line = Aligned ? warp : warp / a.line_strips, own_strip = warp - line * (Aligned ? 1 : a.line_strips), own_columns = own_strip * strip<T>;
 
   Factor<T>* const table = reinterpret_cast<Factor<T>*>(shared);
   const int table_size = 16 * tiles + 16;
-  unsigned char* const mine = shared + P * 4 * table_size + warp * a.warp_bytes;
-  unsigned char* const ring_end = mine + a.ring_pairs * step * in_pitch;
-  float4* const dots = reinterpret_cast<float4*>(mine + a.dots_offset);
+  unsigned char* const mine = shared + P * 4 * table_size + line * a.line_bytes;
+  unsigned char* const ring = mine + (Aligned ? 0 : gap);
+  float4* const dots = reinterpret_cast<float4*>(mine + a.dots_offset) + own_strip * tiles * 64;
 
   const auto place = [&](int n, int64_t plane, int width, int row, int column) { return (int64_t(n) * a.C + c) * plane + int64_t(row) * width + column; };
-  const auto place_in = [&](const Band& of) { return in + place(of.n, a.in_plane, a.in_width, of.row + a.row_shift, of.column + a.column_shift); };
-  const auto place_x = [&](const Band& of) { return x + place(of.n, a.out_plane, a.out_width, of.row, of.column); };
+  const bool whole = !Aligned && a.whole;
+  const auto first_in = [&](const Band& of) { return whole ? 0 : of.column + a.column_shift; };  // columns of in and out where a line's memory begins
+  const auto first_out = [&](const Band& of) { return whole ? 0 : of.column; };
+  const auto place_in = [&](const Band& of) { return in + place(of.n, a.in_plane, a.in_width, of.row + a.row_shift, first_in(of)); };
+  const auto place_x = [&](const Band& of) { return x + place(of.n, a.out_plane, a.out_width, of.row, first_out(of)); };
   const auto skipped = [](const T* at) { return Aligned ? 0 : int(reinterpret_cast<uintptr_t>(at) & 15); };
-  const auto meet_warps = [] { if constexpr (Aligned || !Gradient) __syncthreads(); else __syncwarp(); };
   const int lead = tiles / 2;  // pairs before the one that completes a step's
 
   // Copies the next pair of `in`, the `pair`-th of steps + lead of its unit, or the rows of x of the step that it completes. Where
   // registers allow, where rows lie is worked out once a unit.
-  constexpr bool keeps_rows = Gradient || P > 1;
-  struct Rows { const char* at; int to, lo, hi, begin, end; };
+  constexpr bool keeps_rows = Gradient || P > 1 || !Aligned;
+  const int line_threads = Aligned ? 32 : 32 * a.line_strips, line_thread = int(threadIdx.x) - line * line_threads;
+  struct Rows { const char* at; int to, lo, hi, end; };
   Rows in_rows, x_rows;
   int fetched_unit = split - a.splits, pair = 0, pairs = 0, slot = 0;
   const auto fetch = [&]<bool of_x> {
     if (!of_x && pair++ == pairs) {
-      const int steps = next_steps(a, fetched_unit);
+      const int steps = next_steps<!Aligned>(a, fetched_unit);
       pairs = steps + lead, pair = steps > 0;
     }
     const int first = pair - 1 - (of_x ? lead : 0);
@@ -900,15 +966,17 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       const int width = of_x ? a.out_width : a.in_width;
       const int64_t row_bytes = int64_t(d) * width * sizeof(T);
       if (first == 0 || !keeps_rows) {
-        const int copied = Aligned ? lane / 8 % warps : warp;
-        const Band of = band(a, fetched_unit, copied);
+        const int copied = Aligned ? lane / 8 % warps : line;
+        const Band of = band<!Aligned>(a, fetched_unit, copied);
         const T* const at = of_x ? place_x(of) : place_in(of);
-        const int row = of_x ? of.row : of.row + a.row_shift, column = of_x ? of.column : of.column + a.column_shift;
-        rows.at = reinterpret_cast<const char*>(at) + first * step * row_bytes, rows.to = (copied - warp) * a.warp_bytes + skipped(at);
+        const int row = of_x ? of.row : of.row + a.row_shift, column = of_x ? first_out(of) : first_in(of);
+        rows.at = reinterpret_cast<const char*>(at) + first * step * row_bytes, rows.to = (copied - line) * a.line_bytes;
         rows.lo = a.dilation.steps(-row) - first * step, rows.hi = of.busy ? a.dilation.steps((of_x ? a.out_rows : a.in_rows) - row) - first * step : 0;
-        rows.begin = -int(sizeof(T)) * column, rows.end = (width - column) * int(sizeof(T));
+        rows.end = (width - column) * int(sizeof(T));
       }
-      copy_pair<Aligned>(mine + rows.to + (of_x ? a.x_offset : slot * step * in_pitch), of_x ? x_pitch : in_pitch, rows.at, row_bytes, rows.lo, rows.hi, rows.begin, rows.end, static_cast<const char*>(of_x ? a.x_end : a.in_end));
+      unsigned char* const to = of_x ? mine + rows.to + a.x_offset : ring + rows.to + slot * pair_bytes;
+      if constexpr (Aligned) copy_pair(to, rows.at, row_bytes, rows.lo, rows.hi, rows.end);
+      else copy_line(a, to, of_x ? out_pitch : in_pitch, rows.at, row_bytes, rows.lo, rows.hi, reinterpret_cast<const char*>(of_x ? x : in), static_cast<const char*>(of_x ? a.x_end : a.in_end), line_thread);
       rows.at += step * row_bytes, rows.lo -= step, rows.hi -= step;
     }
     if (!of_x) slot = slot + 1 == a.ring_pairs ? 0 : slot + 1;
@@ -916,6 +984,12 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   };
   const auto fetch_in = [&] { fetch.template operator()<false>(); };
   const auto fetch_x = [&] { if constexpr (Gradient) fetch.template operator()<true>(); };
+  if constexpr (!Aligned) {  // what columns beyond the rows' ends meet
+    for (int i = line_thread; i < gap / 16 * (a.ring_pairs + 2); i += line_threads) {
+      const int n = i / (gap / 16);
+      *reinterpret_cast<uint4*>(mine + (n <= a.ring_pairs ? n * pair_bytes : a.dots_offset - gap) + i % (gap / 16) * 16) = make_uint4(0, 0, 0, 0);
+    }
+  }
   fetch_in(), fetch_x();
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
@@ -933,33 +1007,35 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   __syncthreads();
 
   float bias_sum[4] = {};
-  for (int unit = split - a.splits; next_steps(a, unit) > 0;) {
-    const Band of = band(a, unit, warp);
-    const int in_skipped = skipped(place_in(of)), x_skipped = Gradient ? skipped(place_x(of)) : 0;
+  for (int unit = split - a.splits; next_steps<!Aligned>(a, unit) > 0;) {
+    const Band of = band<!Aligned>(a, unit, line);
+    const int column = of.column + own_columns, in_column = column + a.column_shift;
+    const int in_at = Aligned ? 0 : skipped(place_in(of)) + (in_column - first_in(of)) * int(sizeof(T)), x_at = Aligned || !Gradient ? 0 : skipped(place_x(of)) + (column - first_out(of)) * int(sizeof(T));
+    const unsigned char* const ring_end = ring + a.ring_pairs * pair_bytes + in_at;
     for (int s = -lead; s < of.steps; ++s) {
-      meet_warps();
+      __syncthreads();
       fetch_in();  // to the slot before that of the step's first pair, which the step before read first
       await_copies<1>();
-      meet_warps();
-      const unsigned char* block = mine + slot * step * in_pitch + in_skipped;
+      __syncthreads();
+      const unsigned char* block = ring + slot * pair_bytes + in_at;
       uint32_t own[2][strip<T> / 16][P][2][2];
       if (Gradient && a.has_dots) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          load_rows<T, Aligned>(own[i], mine + a.x_offset + x_skipped + i * 16 * x_pitch, x_pitch, a.x_even, -of.column);
+          load_rows<T, Aligned>(own[i], mine + a.x_offset + x_at + i * 16 * out_pitch, out_pitch, x_at, max(-column, -in_column), min(a.out_width - column, a.in_width - in_column));
         }
-        meet_warps();
+        __syncthreads();
       }
       fetch_x();
-      if (s < 0 || !of.busy) continue;
+      if (s < 0 || (Aligned && !of.busy)) continue;
       float acc[2][N][4];
 #pragma unroll
       for (int i = 0; i < 8 * N; ++i) acc[i / (4 * N)][i / 4 % N][i % 4] = initial;
       float upper[2][4], lower[2][4];  // D_u of the step's first block, D_{u-1} of its second
       uint32_t f[5][P] = {};           // pairs of taps 16 u - 24, 16 u - 16, ..., 16 u + 8 from the lane's first
-      const auto next_block = [&] {
-        block += 16 * in_pitch;
-        if (block >= ring_end + in_skipped) block -= ring_end - mine;
+      const auto next_block = [&](int u) {  // u: the one it is
+        block += Aligned || u % 2 ? 16 * in_pitch : pair_bytes - 16 * in_pitch;
+        if (block >= ring_end) block -= a.ring_pairs * pair_bytes;
       };
       // Block u of in meets A_u for the step's first block of out and A_{u-1} for its second.
       const auto meet = [&]<bool has_upper, bool has_lower>(int u) {
@@ -988,8 +1064,10 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
                 b[0][0][h] = __byte_perm(v.x, w.x, 0x5410), b[0][1][h] = __byte_perm(v.x, w.x, 0x7632);
                 b[0][2][h] = __byte_perm(v.y, w.y, 0x5410), b[0][3][h] = __byte_perm(v.y, w.y, 0x7632);
               } else {
+                uint32_t v[4], w[4];
+                load_pairs(v, from, in_at & 2), load_pairs(w, from + in_pitch, in_at + in_pitch & 2);
 #pragma unroll
-                for (int j = 0; j < J; ++j) b[0][j][h] = __byte_perm(at<uint16_t>(from + 2 * j), at<uint16_t>(from + in_pitch + 2 * j), 0x5410);
+                for (int j = 0; j < J; ++j) b[0][j][h] = __byte_perm(v[j / 2], w[j / 2], j % 2 ? 0x7632 : 0x5410);
               }
             }
             if constexpr (has_upper) multiply_add<T>(acc[0] + n, tap[0], b);
@@ -998,7 +1076,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
         }
         if (Gradient && a.has_dots) {
           uint32_t other[strip<T> / 16][P][2][2];
-          load_rows<T, Aligned>(other, block, in_pitch, a.in_even);
+          load_rows<T, Aligned>(other, block, in_pitch, in_at);
           if constexpr (has_upper) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -1022,14 +1100,14 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       const unsigned char* const first_block = block;
       meet.template operator()<true, false>(0);
 #pragma unroll 1
-      for (int u = 1; u < tiles; ++u) next_block(), meet.template operator()<true, true>(u);
-      next_block(), meet.template operator()<false, true>(tiles);
+      for (int u = 1; u < tiles; ++u) next_block(u), meet.template operator()<true, true>(u);
+      next_block(tiles), meet.template operator()<false, true>(tiles);
       if (Gradient && a.has_bias_sum) {  // a block counts where tap 0 meets it, or in the last step
         constexpr uint32_t ones = std::is_same_v<T, f16> ? 0x3c003c00 : 0x3f803f80;
         const int count = (s + 1) * step >= of.rows ? tiles : 1;
         block = first_block;
 #pragma unroll 1
-        for (int u = 0; u <= count; ++u, next_block()) {
+        for (int u = 0; u <= count; ++u, next_block(u)) {
           if constexpr (P > 1) {
             float sum = 0;
 #pragma unroll
@@ -1040,7 +1118,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
             bias_sum[0] += sum;
           } else {
             uint32_t other[4][1][2][2];
-            load_rows<T, Aligned>(other, block, in_pitch, a.in_even);
+            load_rows<T, Aligned>(other, block, in_pitch, in_at, -in_column, of.busy ? a.in_width - in_column : 0);
 #pragma unroll
             for (int i = 0; i < 8; ++i) multiply_add<T>(bias_sum, ones, ones, ones, ones, other[i / 2][0][i % 2][0], other[i / 2][0][i % 2][1]);
           }
@@ -1049,10 +1127,10 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       if (Gradient && !out) continue;
 
       const int row = of.row + s * step * d;
-      if (!Aligned && of.column + a.column_shift < 0) {  // copies began before the rows
+      if (!Aligned && (in_column < 0 || min(strip<T>, a.out_width - column) > a.in_width - in_column)) {  // some meet none of in
 #pragma unroll
         for (int i = 0; i < 2 * N; ++i)
-          if ((i / 2 / J * 8 + 2 * q + i % 2) * J + i / 2 % J + of.column + a.column_shift < 0)
+          if (uint32_t((i / 2 / J * 8 + 2 * q + i % 2) * J + i / 2 % J + in_column) >= uint32_t(a.in_width))
             for (int k = 0; k < 4; ++k) acc[k / 2][i / 2][i % 2 + k % 2 * 2] = initial;
       }
       uint32_t packed[2][2][8], nan = 0;  // of both blocks' upper and lower 8 rows
@@ -1067,50 +1145,55 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
         nan = max_nan<T>(nan, packed[i / 16][i / 8 % 2][i % 8] = reinterpret_cast<const uint32_t&>(word));
       }
       const Packed<T, per_word> most = reinterpret_cast<const Packed<T, per_word>&>(nan);
-      if (__any_sync(~0u, isnan(widen(most.at[0])) || isnan(widen(most.at[per_word - 1])))) {
-        redo(a, in, weight, initial, out, of.n, c, row, of.column);
-        continue;
-      }
+      const bool wrong = __any_sync(~0u, isnan(widen(most.at[0])) || isnan(widen(most.at[per_word - 1])));
+      if constexpr (Aligned) {
+        if (wrong) {
+          redo(a, in, weight, initial, out, of.n, c, row, column);
+          continue;
+        }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        T* const to = out + place(of.n, a.out_plane, a.out_width, row + half * 16 * d, of.column);
-        const int rows = of.rows - s * step - half * 16;
-        unsigned char* const staged = mine + a.out_offset + skipped(to);
-        if (!Aligned) __syncwarp();
+        for (int half = 0; half < 2; ++half) {
+          T* const to = out + place(of.n, a.out_plane, a.out_width, row + half * 16 * d, column);
+          const int rows = of.rows - s * step - half * 16;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
+          for (int h = 0; h < 2; ++h) {
 #pragma unroll
-          for (int group = 0; group < N / J; ++group) {
-            const uint32_t* const v = packed[half][h] + group * words;
-            const int r = g + 8 * h, column = (group * 8 + 2 * q) * J;
-            if constexpr (Aligned) {
-              if (r < rows && of.column + column < a.out_width) store_16(to + int64_t(r) * d * a.out_width + column, make_uint4(v[0], v[1], v[2], v[3]));
-            } else {
-              unsigned char* const at = staged + r * a.out_pitch + column * 2;
-#pragma unroll
-              for (int i = 0; i < J; ++i) {
-                if (a.out_even) reinterpret_cast<uint32_t*>(at)[i] = v[i];
-                else reinterpret_cast<uint16_t*>(at)[2 * i] = v[i], reinterpret_cast<uint16_t*>(at)[2 * i + 1] = v[i] >> 16;
-              }
+            for (int group = 0; group < N / J; ++group) {
+              const uint32_t* const v = packed[half][h] + group * words;
+              const int r = g + 8 * h, at = (group * 8 + 2 * q) * J;
+              if (r < rows && column + at < a.out_width) store_16(to + int64_t(r) * d * a.out_width + at, make_uint4(v[0], v[1], v[2], v[3]));
             }
           }
         }
-        if constexpr (!Aligned) {
-          __syncwarp();
-          const int64_t row_numbers = int64_t(d) * a.out_width;
-          T* const own_row = to + lane / 8 * row_numbers;
-          const int lo = max(-of.column, 0), hi = min(a.out_width - of.column, strip<T>);  // padded columns of grad_output are none of out
-          const int own_head = -int(reinterpret_cast<uintptr_t>(own_row + lo)) / int(sizeof(T)), head_step = 4 * int(row_numbers);
+      } else {
+        __syncthreads();
+        T* const to = out + place(of.n, a.out_plane, a.out_width, row, first_out(of));
+        unsigned char* const staged = ring + slot * pair_bytes;  // where the step's first pair was
+        const int own_first = column + 16 * q;
+        const uint32_t there = of.busy ? bits(-own_first, a.out_width - own_first) & 0xffff : 0;
+        unsigned char* const own_place = staged + skipped(to) + (own_first - first_out(of)) * int(sizeof(T)) + g * out_pitch;
+        const int odd = reinterpret_cast<uintptr_t>(own_place) & 2;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int r = i * 4 + lane / 8;
-            const int first = lo + (own_head - i * head_step & 7), column = first + lane % 8 * 8;
-            T* const row = own_row + i * 4 * row_numbers;
-            const unsigned char* const from = staged + r * a.out_pitch;
-            if (r < rows && column + 8 <= hi) store_16(row + column, at<uint4>(from + column * 2));
-            const auto store_one = [&](int column, int end) { if (r < rows && column < end) row[column] = at<T>(from + column * 2); };
-            store_one(lo + lane % 8, min(first, hi)), store_one(max(first, hi - (hi - first & 7)) + lane % 8, hi);
+        for (int i = 0; i < 4; ++i) {
+          unsigned char* const place = own_place + i * 8 * out_pitch;
+          const auto& v = packed[i / 2][i % 2];
+          if (there == 0xffff) {
+#pragma unroll
+            for (int k = 0; k < 7; ++k) *reinterpret_cast<uint32_t*>(place + odd + k * 4) = __funnelshift_r(v[k], v[k + 1], odd * 8);
+            if (odd) *reinterpret_cast<uint16_t*>(place) = v[0], *reinterpret_cast<uint16_t*>(place + 30) = v[7] >> 16;
+            else *reinterpret_cast<uint32_t*>(place + 28) = v[7];
+          } else {
+#pragma unroll
+            for (int e = 0; e < 16; ++e)
+              if (there & 1 << e) *reinterpret_cast<uint16_t*>(place + e * 2) = v[e / 2] >> e % 2 * 16;
           }
+        }
+        const bool any_wrong = __syncthreads_or(wrong);
+        store_line(a, staged, out_pitch, reinterpret_cast<char*>(to), int64_t(d) * a.out_width * sizeof(T), of.busy ? min(of.rows - s * step, step) : 0,
+                   max(-of.column, 0) * 2, min(a.out_width - of.column, a.line_columns) * 2, line_thread);
+        if (any_wrong) {
+          __syncthreads();
+          if (wrong && of.busy) redo(a, in, weight, initial, out, of.n, c, row, column);
         }
       }
     }
@@ -1121,16 +1204,19 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
     for (int o = P > 1 ? 16 : 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     await_copies<0>();
     __syncwarp();
-    if (lane == 0) *reinterpret_cast<float*>(mine) = sum;
+    if (lane == 0) reinterpret_cast<float*>(mine)[own_strip] = sum;
     __syncthreads();
     partial += (int64_t(c) * a.blocks + split) * (a.K + 1);
-    const unsigned char* const all = mine - warp * a.warp_bytes;
+    const unsigned char* const all = mine - line * a.line_bytes;
     for (int first = warp * 2; first <= a.K; first += warps * 2) {  // half a warp for each
       const int k = first + lane / 16, r = lane % 16, t = (k + r) / 16, column = (k + r) % 16;
       const int from = k == a.K ? 0 : a.dots_offset + 4 * (t * 256 + column / 8 * 128 + (r % 8 * 4 + column % 8 / 2) * 4 + r / 8 * 2 + column % 2);
       float sum = 0;
       if (k < a.K ? a.has_dots : k == a.K && r == 0)
-        for (int w = 0; w < warps; ++w) sum += at<float>(all + w * a.warp_bytes + from);
+        for (int w = 0; w < warps; ++w) {
+          const int line = Aligned ? w : w / a.line_strips, strip = w - line * (Aligned ? 1 : a.line_strips);
+          sum += at<float>(all + line * a.line_bytes + strip * (k == a.K ? 4 : tiles * 1024) + from);
+        }
       for (int o = 8; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
       if (r == 0 && k <= a.K) partial[k == a.K ? k : a.K - 1 - k] = sum;
     }
@@ -1138,7 +1224,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
 }
 
 // The words made of one number of each of two places, for 8 channels.
-__device__ void load_pairs(uint32_t (&to)[8], const unsigned char* first, const unsigned char* second) {
+__device__ void load_two(uint32_t (&to)[8], const unsigned char* first, const unsigned char* second) {
   const uint4 v = at<uint4>(first), w = at<uint4>(second);
   to[0] = __byte_perm(v.x, w.x, 0x5410), to[1] = __byte_perm(v.x, w.x, 0x7632), to[2] = __byte_perm(v.y, w.y, 0x5410), to[3] = __byte_perm(v.y, w.y, 0x7632);
   to[4] = __byte_perm(v.z, w.z, 0x5410), to[5] = __byte_perm(v.z, w.z, 0x7632), to[6] = __byte_perm(v.w, w.w, 0x5410), to[7] = __byte_perm(v.w, w.w, 0x7632);
@@ -1200,12 +1286,12 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
   const int strips = a.groups * a.side, role = Gradient ? threadIdx.x / (32 * strips) : 0, thread = threadIdx.x - role * 32 * strips;
   const int split = blockIdx.x / a.sets, set_channel = blockIdx.x % a.sets * a.groups * 8;
   const int own_strip = thread / 32, own_channel = set_channel + own_strip % a.groups * 8;
-  const int mine = own_strip * a.warp_bytes, ring = mine + a.ring_offset;  // in shared memory
+  const int mine = own_strip * a.line_bytes, ring = mine + a.ring_offset;  // in shared memory
 
   // The vector that the thread copies of rows copied_row, copied_row + 4, ...
   const int vector = thread % (8 * strips), copied_row = thread / (8 * strips), copied_side = vector / a.groups / pixels;
   const int copied_pixel = vector / a.groups % pixels, copied_channel = set_channel + vector % a.groups * 8;
-  const int copied_at = (copied_side * a.groups + vector % a.groups) * a.warp_bytes + copied_row * pitch + copied_pixel * 16;
+  const int copied_at = (copied_side * a.groups + vector % a.groups) * a.line_bytes + copied_row * pitch + copied_pixel * 16;
 
   int unit = split - a.splits, pair = 0, pairs = 0, slot = 0;
   const auto next_block = [&](int block) { return block += 16 * pitch, block == ring + a.ring_pairs * pair_bytes ? ring : block; };
@@ -1217,10 +1303,10 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     Rows in_rows{}, x_rows{};
     const auto fetch = [&] {
       if (pair++ == pairs) {
-        const int steps = next_steps(a, unit);
+        const int steps = next_steps<false>(a, unit);
         pairs = steps + lead, pair = steps > 0;
         const auto place = [&](const T* first, int rows, int width, int64_t row_numbers, int row_shift, int column_shift) {
-          const Band of = band(a, unit, copied_side);
+          const Band of = band<false>(a, unit, copied_side);
           const int row = of.row + row_shift, column = of.column + copied_pixel + column_shift;
           const bool there = of.busy && copied_channel < a.C && column >= 0 && column < width;
           return Rows{first + ((int64_t(of.n) * rows + row) * width + column) * a.C + copied_channel + copied_row * row_numbers,
@@ -1285,7 +1371,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       }
     }, [&](int unit) {
       own_unit = unit;
-      const Band copied = band(a, unit, copied_side);
+      const Band copied = band<false>(a, unit, copied_side);
       const int column = copied.column + copied_pixel;
       to = out + ((int64_t(copied.n) * a.out_rows + copied.row + copied_row * d) * a.out_width + column) * a.C + copied_channel;
       left = (!Gradient || out) && copied.busy && copied_channel < a.C && column >= 0 && column < a.out_width ? copied.rows - copied_row : 0;
@@ -1295,11 +1381,11 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
         int block = first_block;
         const auto load_block = [&](uint32_t (&to)[2][8]) {
           const unsigned char* const from = shared + block + 2 * q * pitch + g * 16;
-          load_pairs(to[0], from, from + pitch), load_pairs(to[1], from + 8 * pitch, from + 9 * pitch);
+          load_two(to[0], from, from + pitch), load_two(to[1], from + 8 * pitch, from + 9 * pitch);
           block = next_block(block);
         };
         if (Gradient && a.has_bias_sum) {  // a block counts where tap 0 meets it, or in the last step
-          const int count = (s + 1) * step >= band(a, own_unit, 0).rows ? tiles : 1;
+          const int count = (s + 1) * step >= band<false>(a, own_unit, 0).rows ? tiles : 1;
           constexpr uint32_t ones = std::is_same_v<T, f16> ? 0x3c003c00 : 0x3f803f80;
 #pragma unroll 1
           for (int u = 0; u <= count; ++u) {
@@ -1359,7 +1445,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           }
         constexpr uint32_t infinity = std::is_same_v<T, f16> ? 0x7c00 : 0x7f80;
         if ((nan & 0x7fff) > infinity || (nan >> 16 & 0x7fff) > infinity) {
-          const Band of = band(a, own_unit, copied_side);
+          const Band of = band<false>(a, own_unit, copied_side);
 #pragma unroll 1
           for (int i = s * step; i < (s + 1) * step && i < left; i += 4) redo(a, in, weight, bias, out, of.n, of.row + (i + copied_row) * d, of.column + copied_pixel, copied_channel);
         }
@@ -1382,7 +1468,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       for (int i = 0; i < 2; ++i, block = next_block(block)) {
         uint32_t own[2][8], other[8];
         const int at_lane = g * pitch + q * 32;
-        const auto load_row = [&](uint32_t (&to)[8], int row) { load_pairs(to, shared + row + at_lane, shared + row + at_lane + 16); };
+        const auto load_row = [&](uint32_t (&to)[8], int row) { load_two(to, shared + row + at_lane, shared + row + at_lane + 16); };
 #pragma unroll
         for (int h = 0; h < 2; ++h) load_row(own[h], mine + a.x_offset + (s + lead + 1) % 2 * pair_bytes + (2 * i + h) * 8 * pitch);
 #pragma unroll
@@ -1419,7 +1505,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       float sum = 0;
 #pragma unroll 1
       for (int s = c / 8; s < strips; s += a.groups) {
-        const float* const of = sums(s * a.warp_bytes) + c % 8 * 32;
+        const float* const of = sums(s * a.line_bytes) + c % 8 * 32;
         if (k == a.K) sum += of[31];
         else if (a.has_dots) sum += of[k / 16 * 256 + 15 + k % 16] + (k % 16 ? of[(k / 16 + 1) * 256 + k % 16 - 1] : 0);
       }
@@ -2041,64 +2127,68 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   plan.applies = (aligned || (!last && size == 2)) &&
                  all_below(1 << 28, p.C * p.N * ceil_div(p.W_out, strip), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation) && sees_grad_output(a);
   if (!plan.applies) return plan;
-  a.tiles = (p.K + 14) / 16 + 1, a.dilation = p.dilation;
   a.in_row = a.in_columns * p.dilation, a.out_row = a.out_columns * p.dilation;
   a.in_end = static_cast<const char*>(c.in) + p.N * p.C * a.in_plane * size, a.x_end = static_cast<const char*>(c.x) + p.N * p.C * a.out_plane * size;
 
   a.column_begin = a.has_bias_sum ? -p.padding_w : 0;
   const int64_t columns = a.has_bias_sum ? p.W_out : a.out_width;  // all columns of grad_output
-  const auto multiples = [&](int bytes, const void* at, int column, int width) {
-    return (reinterpret_cast<uintptr_t>(at) + column * size) % bytes == 0 && width * size % bytes == 0;
-  };
-  a.in_even = multiples(4, c.in, a.column_begin + a.column_shift, a.in_width);
-  a.x_even = multiples(4, c.x, a.column_begin, a.out_width), a.out_even = multiples(4, c.out, a.column_begin, a.out_width);
-  const int64_t strips = ceil_div(columns, strip), lines = p.N * strips, residues = smaller(p.dilation, a.out_rows);
-  a.strips = strips, a.strip_columns = strip, a.lines = lines, a.residues = residues;
+  const int64_t strips = ceil_div(columns, strip), residues = smaller(p.dilation, a.out_rows);
+  a.tiles = (p.K + 14) / 16 + 1, a.ring_pairs = a.tiles / 2 + 2, a.dilation = p.dilation, a.residues = residues;
 
-  // Shared memory of a block and of each warp, warps of a strip, and those that registers have room for on a multiprocessor.
+  // Shared memory of a block and of each line, warps of a strip, and those that registers have room for on a multiprocessor.
+  int64_t line_strips = 1, plane_lines = strips;
   int table = 0, roles = 1, room;
-  a.ring_pairs = a.tiles / 2 + 2;
   if (last) {
     constexpr int pair = step * aligned_pitch;
     a.ring_offset = (16 * a.tiles + 16) * 32, a.x_offset = a.ring_offset + a.ring_pairs * pair, a.out_offset = a.x_offset + (a.has_dots ? 2 * pair : 0);
-    a.warp_bytes = round_up(a.out_offset + (gradient ? pair : 0), 128) + 32;
+    a.line_bytes = round_up(a.out_offset + (gradient ? pair : 0), 128) + 32;
     roles += a.has_dots ? a.tiles : 0, room = gradient ? 16 : 12;
   } else {
-    const auto pitch = [&](int64_t width) { return aligned ? aligned_pitch : aligned_pitch + width * p.dilation * 2 % 16; };
-    a.in_pitch = pitch(a.in_width), a.x_pitch = a.out_pitch = pitch(a.out_width);
-    a.x_offset = a.ring_pairs * step * a.in_pitch + 16, a.dots_offset = a.x_offset + (a.has_dots ? step * a.x_pitch + 16 : 0);
-    a.out_offset = a.dots_offset + (a.has_dots ? a.tiles * 1024 : 0), a.warp_bytes = round_up(a.out_offset + (aligned ? 0 : 16 * a.out_pitch + 16), 16);
     table = (size == 4 ? 3 : 1) * 4 * (16 * a.tiles + 16), room = resident_blocks(gradient, aligned, size) * 4;
+    if (!aligned) plane_lines = p.dilation == 1 && strips <= 8 ? 1 : ceil_div(strips, 4);
+    for (;; ++plane_lines) {  // unaligned: lines as long as shared memory has room for
+      line_strips = ceil_div(strips, plane_lines), a.line_columns = strip * line_strips;
+      a.whole = !aligned && plane_lines == 1 && p.dilation == 1 && 2 * p.padding_w <= gap;
+      const auto pitch = [&](int64_t width) { return aligned ? aligned_pitch : a.whole ? width * size : a.line_columns * size + 16 + width * p.dilation * size % 16; };
+      const auto pair = [&](int64_t pitch) { return aligned ? step * pitch : round_up(step * pitch + 16, 16) + gap; };
+      a.in_pitch = pitch(a.in_width), a.out_pitch = pitch(a.out_width), a.pair_bytes = pair(larger(a.in_pitch, a.out_pitch));
+      a.x_offset = a.ring_pairs * a.pair_bytes + (aligned ? 0 : gap), a.dots_offset = a.x_offset + (a.has_dots ? pair(a.out_pitch) : 0);
+      a.line_bytes = a.dots_offset + (a.has_dots ? a.tiles * 1024 * line_strips : 0);
+      if (line_strips == 1 || table + a.line_bytes <= device.shared_bytes) break;
+    }
   }
-  const auto shared = [&](int warps) { return table + warps * a.warp_bytes; };
-  const auto resident = [&](int warps) { return smaller(room / (warps * roles), device.shared_per_multiprocessor / (shared(warps) + 1024)); };
+  plane_lines = ceil_div(strips, line_strips);
+  const int64_t lines = p.N * plane_lines;
+  a.strips = plane_lines, a.line_strips = line_strips, a.line_columns = strip * line_strips, a.row_granules = a.line_columns * size / 16, a.lines = lines;
+  const auto shared = [&](int lines) { return table + lines * a.line_bytes; };
+  const auto resident = [&](int lines) { return smaller(room / (lines * line_strips * roles), device.shared_per_multiprocessor / (shared(lines) + 1024)); };
   // As many busy strips as registers and shared memory have room for; preferably 4 side by side, which read 512 bytes of a row (64 of a pixel
   // if channels_last).
   const int64_t channels = last ? p.C / 8 : p.C;  // of which a strip has one
   double most = 0;
-  for (int warps : {4, 2, 1}) {
-    const int64_t sets = last ? ceil_div(channels, warps) : channels, groups = ceil_div(channels, sets), side = warps / groups, strips = groups * side;
-    const double filled = double(lines) / round_up(lines, side) * (double(channels) / (sets * groups));
-    const double busy = shared(strips) > device.shared_bytes ? 0 : resident(strips) * strips * filled;
+  for (const int64_t warps : {larger(4, line_strips), int64_t(2), int64_t(1)}) {
+    const int64_t sets = last ? ceil_div(channels, warps) : channels, groups = ceil_div(channels, sets), side = warps / (groups * line_strips), strips = groups * side;
+    const double filled = side ? double(lines) / round_up(lines, side) * (double(channels) / (sets * groups)) : 0;
+    const double busy = !side || shared(strips) > device.shared_bytes ? 0 : resident(strips) * strips * filled;
     if (busy > (last ? 2 : 1.1) * most) most = busy, a.sets = sets, a.groups = groups, a.side = side;
   }
   if (!(plan.applies = most > 0)) return plan;
 
   // As few bands as keep the device busy: their first steps read rows of the band before. Costs are in quarters of a step.
   // More waves than needed: smaller blocks, which the device starts in the order of memory, share what they read of it.
-  const int warps = a.groups * a.side;
-  const int64_t least = gradient || !aligned ? 1 : size == 4 ? 4 : 2, blocks = device.multiprocessors * resident(warps);
+  const int at_once = a.groups * a.side;
+  const int64_t least = gradient || !aligned ? 1 : size == 4 ? 4 : 2, blocks = device.multiprocessors * resident(at_once);
   const int64_t steps = ceil_div(ceil_div(a.out_rows, p.dilation), step), sides = ceil_div(lines, a.side);
   int64_t best = INT64_MAX;
   for (int64_t bands = 1; bands <= smaller(steps, 64); ++bands) {
     const int64_t band_steps = ceil_div(steps, bands), units = sides * residues * ceil_div(steps, band_steps);
     for (int64_t waves = least; waves <= 4 * least; ++waves) {
       const int64_t splits = larger(smaller(blocks * waves / a.sets, units), 1), each = ceil_div(units, splits);
-      const int64_t cost = ceil_div(a.sets * splits, blocks) * (each * (4 * band_steps + (bands > 1 ? 2 : 1) * (a.tiles / 2)) + 4);
+      const int64_t cost = ceil_div(a.sets * splits, blocks) * ((!aligned ? larger(4 * band_steps, ceil_div(4 * each * steps, ceil_div(steps, band_steps))) : 4 * each * band_steps) + each * (bands > 1 ? 2 : 1) * (a.tiles / 2) + 4);
       if (cost < best) best = cost, a.bands = ceil_div(steps, band_steps), a.band_steps = band_steps, a.units = units, a.splits = ceil_div(units, each);
     }
   }
-  plan.blocks = int64_t(a.sets) * a.splits, plan.threads = 32 * warps * roles, plan.shared = shared(warps);
+  plan.blocks = int64_t(a.sets) * a.splits, plan.threads = 32 * at_once * line_strips * roles, plan.shared = shared(at_once);
   a.blocks = a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
 }
@@ -2153,7 +2243,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
   if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
   // As in `walk`, short blocks where there are many chunks.
-  constexpr int brief = Gradient ? 4 : 2;  // chunks
+  constexpr int brief = !Gradient ? 2 : Strided ? 4 : 3;  // chunks
   const bool many = a.chunks * slices > brief * brief * blocks * device.multiprocessors && a.slot_bytes > 20 << 10;
   a.splits = many ? ceil_div(a.chunks, brief) : deal(slices, a.chunks, blocks, 2);
   plan.blocks = slices * a.splits, plan.threads = bulk_threads;
@@ -2253,7 +2343,7 @@ const char* launch(const Call& c) {
       {f64, walk_f64},
       {dense && last && !f64, by_type(low_f32, low_f16, low_bf16)},
       {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H >= 24 : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
-      {stretches && two_bytes && !aligned && p.K <= (p.H * p.W < 1024 ? 32 : 16), bulk},
+      {stretches && two_bytes && !aligned && p.K <= (p.H * p.W < 1024 ? 32 : p.W <= 256 ? 7 : 16), bulk},
       {stretches && two_bytes && back && p.K <= 3, bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
       {stretches && f32 && !back && aligned && dense && p.K > 8 && p.H * p.W >= 1024 && p.H * p.W < 3584, bulk},
