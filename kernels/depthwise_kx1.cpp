@@ -84,6 +84,7 @@ template <class T, class R> INLINE void store(T* p, R v) {
 }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }  // b > 0
 INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+INLINE int64_t repeated(int64_t lanes) { return round_up(lanes, 32) + 64; }  // slots for which weights and init are repeated
 INLINE int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return std::max(lo, std::min(v, hi)); }
 
 // Pixel column q of lane l of row r of an image lies at r * row + (col + q * step) * px + l * lane.
@@ -182,6 +183,9 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
 #endif
       put(p, v);
   }
+#if defined(__x86_64__)
+  template <class T> static INLINE void put_some(T* p, const V* v, uint64_t bytes) { asm("vmovdqu8 %1, %0%{%2%}" : "+m"(*(Bits*)p) : "v"(join<T>(v)), "Yk"(bytes)); }
+#endif
   template <int A, class T> static INLINE void get(V* v, const T* p) {  // A times as many
 #pragma GCC unroll 4
     for (int a = 0; a < A; a++) get(v + a * vectors<T>, p + a * at_once<T>);
@@ -222,7 +226,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       if constexpr (sizeof(T) == 2) split<T>(v, (V)shuffle((Shorts)a, (Shorts)b, *(const Shorts*)order));
       else split<T>(v, shuffle(a, b, *(const I*)order));
     }
-    INLINE void put(T* p, const V* v) const { asm("vmovdqu8 %1, %0%{%2%}" : "+m"(*(Bits*)p) : "v"(join<T>(v)), "Yk"(all)); }
+    INLINE void put(T* p, const V* v) const { put_some(p, v, all); }
 #endif
   };
 
@@ -309,6 +313,14 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       put(dst + i, v);
       asm volatile("");
     }
+#if defined(__x86_64__)
+    if constexpr (BYTES == 64)
+      if (i < count) {
+        V v[2] = {*(const V*)src};
+        if constexpr (vectors<T> == 2) v[1] = *(const V*)(src + size), divide(v[0], v[1]);
+        return put_some(dst, v, ~uint64_t(0) >> (64 - count * sizeof(T)));
+      }
+#endif
     for (; i < count; i++) { store(dst + i, src[i]); asm volatile(""); }
   }
 
@@ -468,8 +480,11 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
           if ((c = last) >= b) break;
         }
         T* to = dst + r * v.row + c * v.px;
-        if (v.px == 1 && t.lanes == 1) put(to, values, n = std::min((c < first ? first : b) - c, 4 * size));
-        else if (v.lane == 1) put(to, values, t.present);
+        if (v.lane == 1 || t.lanes == 1) {
+          if (t.present == v.px) n = (c < first ? first : c < last ? slot : b) - c;
+          const int64_t at_once = std::min(n, repeated(t.lanes) / t.lanes);
+          for (int64_t i = 0; i < n; i += at_once) i = std::min(i, n - at_once), put(to + i * v.px, values, at_once * t.present);
+        }
         else for (int64_t l = 0; l < t.present; l++) store(to + l * v.lane, values[l]);
       }
   }
@@ -685,7 +700,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   using R = decltype(load(T()));
   const Problem& p = j.p;
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
-  const int64_t bands = j.bands, units = j.sets * bands * j.column_tiles, w_tap = (ceil_div(j.lanes, 32) + 2) * 32;
+  const int64_t bands = j.bands, units = j.sets * bands * j.column_tiles, w_tap = repeated(j.lanes);
   const int64_t full = round_up(ns, vector), tap = (p.channels_last ? full : std::min(full, std::max<int64_t>(j.lanes, 64))) + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
@@ -903,7 +918,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.cut = j.band < j.vout.rows && j.band >= block ? block : 1, j.band -= j.band % j.cut;
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
   j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
-  j.together = j.bands * j.column_tiles > 1 || j.windows ? 1 : clamp(budget / ((j.in_rows + j.band) * j.slots), 1, j.images);
+  j.together = j.bands * j.column_tiles > 1 || (j.windows && j.band > 8) ? 1 : clamp(budget / ((j.in_rows + j.band) * j.slots), 1, j.images);
   j.sets = ceil_div(j.images, j.together);
   const int64_t units = j.sets * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
