@@ -213,7 +213,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     uint64_t low, high, all;  // bytes in use of the two vectors and of the one
     alignas(BYTES) std::conditional_t<sizeof(T) == 2, Short, Int> order[at_once<T>] = {};
     static INLINE uint64_t first(int64_t bytes) { return bytes > 0 ? ~uint64_t(0) >> (64 - std::min<int64_t>(bytes, 64)) : 0; }
-    INLINE Window(int64_t lanes, int64_t px) : pixels(std::min(at_once<T> / lanes, (2 * at_once<T> - lanes) / px + 1)) {
+    INLINE Window(int64_t lanes, int64_t px, int64_t present) : pixels(std::min({at_once<T> / lanes, (2 * at_once<T> - lanes) / px + 1, present})) {
       const int64_t span = ((pixels - 1) * px + lanes) * sizeof(T);
       low = first(span), high = first(span - BYTES), all = first(pixels * lanes * sizeof(T));
       for (int64_t e = 0; e < pixels * lanes; e++) order[e] = e / lanes * px + e % lanes;
@@ -498,12 +498,12 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   // WIDE also serves where rows are few. WINDOWS is WIDE for pixels smaller than a vector.
   template <bool WIDE, bool WINDOWS, class E> static INLINE void conv(const Conv<E>& c) {
     const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table, windows, past_caches] = c;
-    constexpr int N = !WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !WIDE ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
-    constexpr int H = A * vectors<E>, B = WINDOWS ? 1 : A;  // windows share weights
+    constexpr int N = !WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !WIDE || WINDOWS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
+    constexpr int H = A * vectors<E>;
     const int64_t px = in.lanes + in.skip;
     const bool long_rows = in.stride * sizeof(E) >= 16384, first_cache = long_rows && sizeof(E) == 2;
     const int64_t ahead = long_rows ? std::max<int64_t>((first_cache ? 512 : 4096) / (px * sizeof(E)), 1) * px : N * S * in.stride;
-    const Window<E> window(WINDOWS ? in.lanes : 1, WINDOWS ? px : 1);
+    const Window<E> window(WINDOWS ? in.lanes : 1, WINDOWS ? px : 1, WINDOWS ? slots / in.lanes : 1);
     const int64_t width = WINDOWS ? window.pixels * in.lanes : at_once<E>, step = A * width;
     const int64_t jump = std::lcm(S, D) / S, L = out_rows > jump ? jump * S : D /* a row alone shares none */, every = L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride;
     for (int64_t start = 0; start < std::min(jump, out_rows); start++)
@@ -520,15 +520,15 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
           asm("" : "+r"(rows), "+r"(wj), "+r"(at[0]));
           V sum[N][H];
 #pragma GCC unroll 8
-          for (int r = 0; r < N; r++) for (int a = 0; a < A; a++) get(sum[r] + a * vectors<E>, init + j + a % B * at_once<E>);
+          for (int r = 0; r < N; r++) for (int a = 0; a < A; a++) get(sum[r] + a * vectors<E>, init + j + a * at_once<E>);
           for (int64_t c = 0; c < classes; c++, wj += w_tap) {
             const int64_t taps = least + (c < more);
             each_taps<WIDE ? 2 : most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
               constexpr int T = number;
-              V wk[T][B * vectors<E>];
+              V wk[T][H];
               const E* from = wj + k * w_step;
 #pragma GCC unroll 8
-              for (int t = 0; t < T; t++, from += w_step) get<B>(wk[t], from);
+              for (int t = 0; t < T; t++, from += w_step) get<A>(wk[t], from);
 #pragma GCC unroll 16
               for (int p = 0; p < N + T - 1; p++)
                 if (const E* row = (const E*)rows[k + p]) {
@@ -544,7 +544,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
 #pragma GCC unroll 8
                   for (int t = 0; t < T; t++)
                     if (p - t >= 0 && p - t < N)
-                      for (int h = 0; h < H; h++) sum[p - t][h] += wk[t][h % (B * vectors<E>)] * v[h];
+                      for (int h = 0; h < H; h++) sum[p - t][h] += wk[t][h] * v[h];
                 }
             });
             rows += taps + N - 1;
@@ -683,7 +683,7 @@ struct Job {
   const void *in, *weight, *bias, *x;  // in: x forward, grad_output backward; x: for the weight gradient
   void* out;                           // y or grad_input
   bool forward, want_weight, want_bias, direct;  // direct: computed in the tensors, not in buffers;
-  bool windows, past_caches;           // then: pixels of few channels with gaps between them; an output that no cache holds
+  bool windows, past_caches;           // then: pixels of few channels with gaps between them, or short rows; an output that no cache holds
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
   int64_t lanes, multiple;             // lanes per tile; slots of a pixel are a multiple of this: its last vector overlaps
   int64_t channels, images;            // as regrouped (narrow planes of few channels)
@@ -898,7 +898,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t at_once = bytes / element;
   const int64_t met = std::min(p.K, j.vin.rows);  // rows at once: too many in the same place of a cache are packed
   const bool spread = met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536;
-  j.windows = vector_bytes == 64 && j.forward && gaps && spread && element * j.lanes < 64 && (p.type == Type::bf16 || p.type == Type::f32) && Q * j.lanes >= 128;
+  j.windows = vector_bytes == 64 && j.forward && p.channels_last && (gaps || (element * run < 64 && (element == 2 || p.padding_w > 0))) && spread && element * j.lanes < 64 && (p.type == Type::bf16 || p.type == Type::f32);
   j.direct = j.windows || (p.type != Type::f16 && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
   j.past_caches = j.direct && p.N * p.C * j.vout.rows * j.vout.width * element > 16 << 20;
