@@ -122,6 +122,7 @@ CASES = [Case(*row) for row in [
     ("bands, padded",              (2, 3, 100, 130),   12, 1,     (5, 1),  1,       True),
     ("a column of padding alone",  (5, 11, 40, 1),     3, (1, 3), (3, 1),  1,       True),
     ("images of one row",          (50, 6, 1, 9),      3, (2, 1), (1, 0),  1,       True),
+    ("one row, one tap meets it",  (40, 20, 1, 24),    5, (1, 2), (4, 0),  2,       True),
     ("one column, stride 2",       (9, 20, 33, 1),     5, 2,      (2, 0),  1,       True),
     ("33 channels, stride 2",      (3, 33, 21, 12),    5, 2,      (2, 1),  1,       True),
     ("24 channels, stride 3 in W", (2, 24, 20, 31),    3, (2, 3), (1, 4),  1,       True),

@@ -686,6 +686,7 @@ struct Job {
   bool windows, past_caches;           // then: pixels of few channels with gaps between them, or short rows; an output that no cache holds
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
   int64_t lanes, multiple;             // lanes per tile; slots of a pixel are a multiple of this: its last vector overlaps
+  int64_t taps;                        // of a channel in weight
   int64_t channels, images;            // as regrouped (narrow planes of few channels)
   int64_t together, sets;              // images per tile, if they are small
   int64_t q_begin, q_end, nq, band;    // columns that meet x; columns per tile, rows of out per tile,
@@ -719,7 +720,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     auto build = [&](auto* to, int64_t k, int64_t width) {
       for (int64_t i = 0, c = c0; i < width; i++, c = c + 1 < p.C ? c + 1 : 0) {
         if (width > lanes && i == width - vector) c = c0 + lanes - vector;
-        const T value = k < K ? ((const T*)j.weight)[c * K + k] : j.bias ? ((const T*)j.bias)[c] : T{};
+        const T value = k < K ? ((const T*)j.weight)[c * j.taps + k] : j.bias ? ((const T*)j.bias)[c] : T{};
         if constexpr (std::is_same_v<decltype(to), T*>) to[i] = value;
         else to[i] = load(value);
       }
@@ -865,10 +866,14 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   Problem& p = j.p;
   if (p.H * p.W == 1 && p.H_out * p.W_out == 1) p.channels_last = true;  // the orders are the same; this one is faster
   if (p.W == 1 && p.W_out == 1) p.stride_w = 1;
-  if (p.channels_last && p.H == 1 && p.H_out == 1 && p.padding_w == 0 && p.W % p.stride_w == 0)  // images of one row are one long row
-    p.W *= p.N, p.W_out *= p.N, p.N = p.stride_h = 1;
+  const int64_t element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2, tap = p.padding_h / p.dilation;
+  j.taps = p.K;
+  if (j.forward && p.channels_last && p.H == 1 && p.H_out == 1 && tap < p.K && tap * p.dilation == p.padding_h)  // one tap meets the one row
+    j.weight = (const char*)j.weight + tap * element, p.K = p.stride_h = 1, p.padding_h = 0;
   if (p.channels_last && p.K == 1 && p.stride_h == 1 && p.H == p.H_out)  // images under one another are one high image
     p.H *= p.N, p.H_out *= p.N, p.N = 1;
+  if (p.channels_last && p.H == 1 && p.H_out == 1 && p.padding_w == 0 && p.W % p.stride_w == 0)  // images of one row are one long row
+    p.W *= p.N, p.W_out *= p.N, p.N = p.stride_h = 1;
   const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), grain = 32768, budget = grain << p.channels_last, halo_all = (p.K - 1) * p.dilation;
   auto view = [&](int64_t rows, int64_t width, int64_t col, int64_t step) {
     return p.channels_last ? View{rows, width, col, step, p.C, width * p.C, 1} : View{rows, width, col, step, 1, width, rows * width};
@@ -891,7 +896,6 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.images = (p.N * p.C + j.channels - 1) / j.channels;
   j.nq = std::min(Q, std::max<int64_t>(1, wanted / j.lanes));
   const int64_t blocks = ceil_div(j.channels, j.lanes);
-  const int64_t element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
   const bool gaps = p.channels_last && (p.stride_w > 1 || j.lanes < p.C);
   const int64_t run = gaps ? j.lanes : Q / ceil_div(Q, j.nq) * j.lanes;  // contiguous numbers in a row of a tile
   const int bytes = !narrow && element * run < vector_bytes ? std::max(vector_bytes / 2, 16) : vector_bytes;

@@ -651,7 +651,7 @@ struct Toeplitz : Pass {
   int64_t in_row, out_row;               // numbers from a row to the next of its residue class, in channels_last
   int column_begin;                      // where the first line begins in out
   int line_strips, line_columns;         // of a line
-  Divisor dilation, strips;              // strips: lines of a plane
+  Divisor dilation, plane_lines;
   int lines;                             // of all planes of a channel
   Divisor bands, residues;               // of a line
   int sets, groups, side;                // a block keeps one of the sets of channels: one, or `groups` times 8; it has `side` lines of each
@@ -670,7 +670,7 @@ template <bool mixed> __device__ Band band(const Toeplitz& a, int unit, int stri
   int residue, index, s;
   const int lines = a.bands(unit, index), line = a.residues(lines, residue) * a.side + strip;
   if (mixed) a.bands(index + lines, index);
-  of.n = a.strips(line, s), of.column = a.column_begin + s * a.line_columns, of.busy = line < a.lines;
+  of.n = a.plane_lines(line, s), of.column = a.column_begin + s * a.line_columns, of.busy = line < a.lines;
   of.row = residue + index * a.band_steps * step * int(a.dilation.divisor), of.rows = a.dilation.steps(a.out_rows - of.row);
   of.steps = min(a.band_steps, (of.rows + step - 1) / step);
   return of;
@@ -773,7 +773,7 @@ __device__ void copy_pair(unsigned char* to, const char* from, int64_t row_bytes
 }
 
 // 32 rows of an unaligned line lie in shared memory as they do in global memory modulo 16 bytes, or if `whole` all of them as one row, for
-// they follow one another. Calls f for each of the thread's granules of 16 bytes, by fours: f(which, row, byte of the row).
+// they follow one another. Calls f for every four of the thread's granules of 16 bytes, with what calls body(row, byte of the row) for the i-th.
 template <bool whole, class F> __device__ void each_granule(const Toeplitz& a, int pitch, int thread, const F& f) {
   const int threads = 32 * a.line_strips, n = whole ? step * pitch / 16 + 1 : step * threads / 4;
   int granule, row = a.row_granules(thread, granule);
@@ -855,8 +855,8 @@ template <int N> __device__ void load_pairs(uint32_t (&to)[N], const unsigned ch
   for (int i = 0; i < N; ++i) to[i] = __funnelshift_r(to[i], i + 1 < N ? to[i + 1] : end, odd * 8);
 }
 
-// A block's rows, the first at `place` modulo 4, as operand of a product over columns, zeros outside columns [first, last) if unaligned: fragments of 16 columns each, in
-// an order that is the same for all rows.
+// A block's rows as operand of a product over columns: fragments of 16 columns each, in an order that is the same for all rows. Unaligned:
+// the first begins at `place` modulo 4; zeros outside columns [first, last).
 template <class T, bool Aligned>
 __device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const unsigned char* block, int pitch, int place = 0, int first = 0, int last = strip<T>) {
   const int lane = threadIdx.x % 32;
@@ -2159,7 +2159,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   }
   plane_lines = ceil_div(strips, line_strips);
   const int64_t lines = p.N * plane_lines;
-  a.strips = plane_lines, a.line_strips = line_strips, a.line_columns = strip * line_strips, a.row_granules = a.line_columns * size / 16, a.lines = lines;
+  a.plane_lines = plane_lines, a.line_strips = line_strips, a.line_columns = strip * line_strips, a.row_granules = a.line_columns * size / 16, a.lines = lines;
   const auto shared = [&](int lines) { return table + lines * a.line_bytes; };
   const auto resident = [&](int lines) { return smaller(room / (lines * line_strips * roles), device.shared_per_multiprocessor / (shared(lines) + 1024)); };
   // As many busy strips as registers and shared memory have room for; preferably 4 side by side, which read 512 bytes of a row (64 of a pixel
