@@ -184,7 +184,9 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       put(p, v);
   }
 #if defined(__x86_64__)
-  template <class T> static INLINE void put_some(T* p, const V* v, uint64_t bytes) { asm("vmovdqu8 %1, %0%{%2%}" : "+m"(*(Bits*)p) : "v"(join<T>(v)), "Yk"(bytes)); }
+  template <class T> static INLINE void put_some(T* p, const V* v, uint64_t bytes) {  // those whose bit is set
+    asm("vmovdqu8 %1, %0%{%2%}" : "+m"(*(Bits*)p) : "v"(join<T>(v)), "Yk"(bytes));
+  }
 #endif
   template <int A, class T> static INLINE void get(V* v, const T* p) {  // A times as many
 #pragma GCC unroll 4
@@ -482,8 +484,8 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
         T* to = dst + r * v.row + c * v.px;
         if (v.lane == 1 || t.lanes == 1) {
           if (t.present == v.px) n = (c < first ? first : c < last ? slot : b) - c;
-          const int64_t at_once = std::min(n, repeated(t.lanes) / t.lanes);
-          for (int64_t i = 0; i < n; i += at_once) i = std::min(i, n - at_once), put(to + i * v.px, values, at_once * t.present);
+          const int64_t pixels = std::min(n, repeated(t.lanes) / t.lanes);
+          for (int64_t i = 0; i < n; i += pixels) i = std::min(i, n - pixels), put(to + i * v.px, values, pixels * t.present);
         }
         else for (int64_t l = 0; l < t.present; l++) store(to + l * v.lane, values[l]);
       }
@@ -495,7 +497,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   // what the next rows meet if rows are short, else what lies ahead. The second cache can have more lines on their way than the first; 16-bit types
   // gain more by having the line in the first, where rows are long. A vector that lies across two lines has its end prefetched, since a pixel's other
   // vectors seldom begin there; for 16-bit types, where one more prefetch costs little beside the conversion, its beginning, too.
-  // WIDE also serves where rows are few. WINDOWS is WIDE for pixels smaller than a vector.
+  // WIDE also serves where rows are few. WINDOWS is WIDE for pixels or rows smaller than a vector, of which a window is taken at a time.
   template <bool WIDE, bool WINDOWS, class E> static INLINE void conv(const Conv<E>& c) {
     const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table, windows, past_caches] = c;
     constexpr int N = !WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !WIDE || WINDOWS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
@@ -902,7 +904,8 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t at_once = bytes / element;
   const int64_t met = std::min(p.K, j.vin.rows);  // rows at once: too many in the same place of a cache are packed
   const bool spread = met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536;
-  j.windows = vector_bytes == 64 && j.forward && p.channels_last && (gaps || (element * run < 64 && (element == 2 || p.padding_w > 0))) && spread && element * j.lanes < 64 && (p.type == Type::bf16 || p.type == Type::f32);
+  j.windows = vector_bytes == 64 && j.forward && p.channels_last && (gaps || (element * run < 64 && (element == 2 || p.padding_w > 0))) && spread &&
+              element * j.lanes < 64 && (p.type == Type::bf16 || p.type == Type::f32);
   j.direct = j.windows || (p.type != Type::f16 && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
   j.past_caches = j.direct && p.N * p.C * j.vout.rows * j.vout.width * element > 16 << 20;

@@ -665,12 +665,12 @@ struct Toeplitz : Pass {
 // A band of a line: plane (an image if channels_last), first row and column in out, steps and rows. Mixed: a block's units are of all bands,
 // for the last one is shorter.
 struct Band { int n, row, column, steps, rows; bool busy; };
-template <bool mixed> __device__ Band band(const Toeplitz& a, int unit, int strip) {
+template <bool mixed> __device__ Band band(const Toeplitz& a, int unit, int own_line) {
   Band of;
-  int residue, index, s;
-  const int lines = a.bands(unit, index), line = a.residues(lines, residue) * a.side + strip;
-  if (mixed) a.bands(index + lines, index);
-  of.n = a.plane_lines(line, s), of.column = a.column_begin + s * a.line_columns, of.busy = line < a.lines;
+  int residue, index, of_plane;
+  const int group = a.bands(unit, index), line = a.residues(group, residue) * a.side + own_line;
+  if (mixed) a.bands(index + group, index);
+  of.n = a.plane_lines(line, of_plane), of.column = a.column_begin + of_plane * a.line_columns, of.busy = line < a.lines;
   of.row = residue + index * a.band_steps * step * int(a.dilation.divisor), of.rows = a.dilation.steps(a.out_rows - of.row);
   of.steps = min(a.band_steps, (of.rows + step - 1) / step);
   return of;
@@ -856,9 +856,10 @@ template <int N> __device__ void load_pairs(uint32_t (&to)[N], const unsigned ch
 }
 
 // A block's rows as operand of a product over columns: fragments of 16 columns each, in an order that is the same for all rows. Unaligned:
-// the first begins at `place` modulo 4; zeros outside columns [first, last).
+// the first begins at `phase` modulo 4; zeros outside columns [first, last). (Unrolled loops behind `if constexpr` are in braces: without,
+// nvcc 13.0 drops the loop and says nothing.)
 template <class T, bool Aligned>
-__device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const unsigned char* block, int pitch, int place = 0, int first = 0, int last = strip<T>) {
+__device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const unsigned char* block, int pitch, int phase = 0, int first = 0, int last = strip<T>) {
   const int lane = threadIdx.x % 32;
   if constexpr (std::is_same_v<T, float>) {
     block += lane % 8 * pitch + lane / 8 * 16;
@@ -886,7 +887,7 @@ __device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const u
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       uint32_t words[8];
-      load_pairs(words, block + (h * 8 + lane / 4) * pitch + lane % 4 * 32, place + lane / 4 * pitch & 2);
+      load_pairs(words, block + (h * 8 + lane / 4) * pitch + lane % 4 * 32, phase + lane / 4 * pitch & 2);
 #pragma unroll
       for (int i = 0; i < 8; ++i) to[i / 2][0][h][i % 2] = words[i];
     }
@@ -921,6 +922,7 @@ __device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weigh
   }
 }
 
+// Unaligned: lines of up to 8 strips; the bound is what leaves registers for the blocks of `resident_blocks`.
 template <class T, bool Aligned, bool Gradient>
 __global__ void __launch_bounds__(Aligned ? 128 : Gradient ? 256 : 384, Aligned ? resident_blocks(Gradient, Aligned, sizeof(T)) : 1)
 toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
@@ -2160,16 +2162,16 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   plane_lines = ceil_div(strips, line_strips);
   const int64_t lines = p.N * plane_lines;
   a.plane_lines = plane_lines, a.line_strips = line_strips, a.line_columns = strip * line_strips, a.row_granules = a.line_columns * size / 16, a.lines = lines;
-  const auto shared = [&](int lines) { return table + lines * a.line_bytes; };
-  const auto resident = [&](int lines) { return smaller(room / (lines * line_strips * roles), device.shared_per_multiprocessor / (shared(lines) + 1024)); };
+  const auto shared = [&](int n) { return table + n * a.line_bytes; };
+  const auto resident = [&](int n) { return smaller(room / (n * line_strips * roles), device.shared_per_multiprocessor / (shared(n) + 1024)); };
   // As many busy strips as registers and shared memory have room for; preferably 4 side by side, which read 512 bytes of a row (64 of a pixel
   // if channels_last).
   const int64_t channels = last ? p.C / 8 : p.C;  // of which a strip has one
   double most = 0;
   for (const int64_t warps : {larger(4, line_strips), int64_t(2), int64_t(1)}) {
-    const int64_t sets = last ? ceil_div(channels, warps) : channels, groups = ceil_div(channels, sets), side = warps / (groups * line_strips), strips = groups * side;
+    const int64_t sets = last ? ceil_div(channels, warps) : channels, groups = ceil_div(channels, sets), side = warps / (groups * line_strips), at_once = groups * side;
     const double filled = side ? double(lines) / round_up(lines, side) * (double(channels) / (sets * groups)) : 0;
-    const double busy = !side || shared(strips) > device.shared_bytes ? 0 : resident(strips) * strips * filled;
+    const double busy = !side || shared(at_once) > device.shared_bytes ? 0 : resident(at_once) * at_once * filled;
     if (busy > (last ? 2 : 1.1) * most) most = busy, a.sets = sets, a.groups = groups, a.side = side;
   }
   if (!(plan.applies = most > 0)) return plan;
@@ -2184,7 +2186,8 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
     const int64_t band_steps = ceil_div(steps, bands), units = sides * residues * ceil_div(steps, band_steps);
     for (int64_t waves = least; waves <= 4 * least; ++waves) {
       const int64_t splits = larger(smaller(blocks * waves / a.sets, units), 1), each = ceil_div(units, splits);
-      const int64_t cost = ceil_div(a.sets * splits, blocks) * ((!aligned ? larger(4 * band_steps, ceil_div(4 * each * steps, ceil_div(steps, band_steps))) : 4 * each * band_steps) + each * (bands > 1 ? 2 : 1) * (a.tiles / 2) + 4);
+      const int64_t cost = ceil_div(a.sets * splits, blocks) * ((!aligned ? larger(4 * band_steps, ceil_div(4 * each * steps, ceil_div(steps, band_steps))) : 4 * each * band_steps) +
+                                                                each * (bands > 1 ? 2 : 1) * (a.tiles / 2) + 4);
       if (cost < best) best = cost, a.bands = ceil_div(steps, band_steps), a.band_steps = band_steps, a.units = units, a.splits = ceil_div(units, each);
     }
   }
