@@ -645,6 +645,8 @@ constexpr int pixels = 8;  // of a strip in channels_last
 constexpr int gap = strip_bytes;  // zeros around 32 rows of an unaligned line
 constexpr int resident_blocks(bool gradient, bool aligned, int size) { return gradient ? 2 : aligned && size == 2 ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
 
+__host__ __device__ constexpr int tap_pairs(int tiles) { return 16 * tiles + 16; }  // where they begin, with zeros around
+
 struct Toeplitz : Pass {
   int tiles;
   const void *in_end, *x_end;            // of the tensors
@@ -712,7 +714,8 @@ template <bool mixed> __device__ int next_steps(const Toeplitz& a, int& unit) { 
 template <class T> using Factor = std::conditional_t<std::is_same_v<T, float>, bf16, T>;
 template <class T> constexpr int parts = std::is_same_v<T, float> ? 3 : 1;
 
-// d += a b for N fragments b; a and b by parts, and by halves: of rows or columns, then of what is summed over.
+// d += a b for N fragments b; a and b by parts, and as the tensor cores take them by halves: a of what is summed over, then of rows;
+// b of what is summed over.
 template <class T, int N, int A, int B> __device__ void multiply_add(float (*d)[4], const uint32_t (&a)[A][2][2], const uint32_t (&b)[B][N][2]) {
   float products[N][4] = {};
 #pragma unroll
@@ -720,7 +723,7 @@ template <class T, int N, int A, int B> __device__ void multiply_add(float (*d)[
 #pragma unroll
     for (int i = 0; i <= sum && i < A; ++i) {
 #pragma unroll
-      for (int n = 0; n < N; ++n) multiply_add<T>(B > 1 ? products[n] : d[n], a[i][0][0], a[i][1][0], a[i][0][1], a[i][1][1], b[sum - i][n][0], b[sum - i][n][1]);
+      for (int n = 0; n < N; ++n) multiply_add<T>(B > 1 ? products[n] : d[n], a[i][0][0], a[i][0][1], a[i][1][0], a[i][1][1], b[sum - i][n][0], b[sum - i][n][1]);
     }
   }
   if constexpr (B > 1) {
@@ -755,10 +758,10 @@ __device__ void store_16(void* to, uint4 v) {
 }
 
 // Starts to copy 32 rows of aligned strips, `row_bytes` apart, to rows one pitch apart; zeros for rows outside [lo, hi) and to the right of
-// byte `end` of a row. The warps of a block share the rows of all.
-__device__ void copy_pair(unsigned char* to, const char* from, int64_t row_bytes, int lo, int hi, int end) {
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32, warp = threadIdx.x / 32, rows = 4 / warps, offset = lane % 8 * 16;
-  int row = warp * 8 * rows + lane / 8 / warps;
+// byte `end` of a row. The lines' warps share the rows of all.
+__device__ void copy_pair(unsigned char* to, const char* from, int64_t row_bytes, int lo, int hi, int end, int line, int lines) {
+  const int lane = threadIdx.x % 32, rows = 4 / lines, offset = lane % 8 * 16;
+  int row = line * 8 * rows + lane / 8 / lines;
   to += row * aligned_pitch + offset, from += row * row_bytes + offset;
   if (lo <= 0 && hi >= step && offset < end) {
 #pragma unroll
@@ -858,7 +861,7 @@ template <int N> __device__ void load_pairs(uint32_t (&to)[N], const unsigned ch
 // A block's rows as operand of a product over columns: fragments of 16 columns each, in an order that is the same for all rows. Unaligned:
 // the first begins at `phase` modulo 4; zeros outside columns [first, last). (Unrolled loops behind `if constexpr` are in braces: without,
 // nvcc 13.0 drops the loop and says nothing.)
-template <class T, bool Aligned>
+template <class T, bool Aligned, bool left>
 __device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const unsigned char* block, int pitch, int phase = 0, int first = 0, int last = strip<T>) {
   const int lane = threadIdx.x % 32;
   if constexpr (std::is_same_v<T, float>) {
@@ -871,11 +874,11 @@ __device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const u
       for (int k = 0; k < 2; ++k) {
         const Parts v = to_parts(__uint_as_float(raw[2 * k]), __uint_as_float(raw[2 * k + 1]));
 #pragma unroll
-        for (int p = 0; p < 3; ++p) to[i / 2][p][i % 2][k] = v.at[p];
+        for (int p = 0; p < 3; ++p) to[i / 2][p][left ? k : i % 2][left ? i % 2 : k] = v.at[p];
       }
     }
   } else if constexpr (Aligned) {
-    block += (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16;
+    block += ((left ? lane / 8 % 2 : lane / 16) * 8 + lane % 8) * pitch + (left ? lane / 16 : lane / 8 % 2) * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t raw[4];
@@ -889,13 +892,13 @@ __device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const u
       uint32_t words[8];
       load_pairs(words, block + (h * 8 + lane / 4) * pitch + lane % 4 * 32, phase + lane / 4 * pitch & 2);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) to[i / 2][0][h][i % 2] = words[i];
+      for (int i = 0; i < 8; ++i) to[i / 2][0][left ? i % 2 : h][left ? h : i % 2] = words[i];
     }
     if (first > 0 || last < strip<T>) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         const int column = lane % 4 * 16 + i % 8 * 2;
-        to[i % 8 / 2][0][i / 8][i % 2] &= (column >= first && column < last ? 0xffff : 0) | (column + 1 >= first && column + 1 < last ? 0xffff0000 : 0);
+        to[i % 8 / 2][0][left ? i % 2 : i / 8][left ? i / 8 : i % 2] &= (column >= first && column < last ? 0xffff : 0) | (column + 1 >= first && column + 1 < last ? 0xffff0000 : 0);
       }
     }
   }
@@ -922,8 +925,9 @@ __device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weigh
   }
 }
 
-// Unaligned: lines of up to 8 strips; the bound is what leaves registers for the blocks of `resident_blocks`.
-template <class T, bool Aligned, bool Gradient>
+// Unaligned: lines of up to 8 strips; the bound is what leaves registers for the blocks of `resident_blocks`. Split: a line has two warps,
+// one for out, the other for the weight gradient and the copies.
+template <class T, bool Aligned, bool Gradient, bool Split = false>
 __global__ void __launch_bounds__(Aligned ? 128 : Gradient ? 256 : 384, Aligned ? resident_blocks(Gradient, Aligned, sizeof(T)) : 1)
 toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
          const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
@@ -933,11 +937,12 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, q = lane % 4, g = lane / 4;
   const int split = blockIdx.x / a.C, c = blockIdx.x % a.C, d = a.dilation.divisor, tiles = a.tiles;
   const int in_pitch = Aligned ? aligned_pitch : a.in_pitch, out_pitch = Aligned ? aligned_pitch : a.out_pitch, pair_bytes = Aligned ? step * aligned_pitch : a.pair_bytes;
-  const int line = Aligned ? warp : warp / a.line_strips, own_strip = warp - line * (Aligned ? 1 : a.line_strips), own_columns = own_strip * strip<T>;
+  const int lines = Split ? warps / 2 : Aligned ? warps : warps / a.line_strips;
+  const bool second = Split && warp >= lines;
+  const int line = Aligned ? warp - (second ? lines : 0) : warp / a.line_strips, own_strip = Aligned ? 0 : warp - line * a.line_strips, own_columns = own_strip * strip<T>;
 
-  Factor<T>* const table = reinterpret_cast<Factor<T>*>(shared);
-  const int table_size = 16 * tiles + 16;
-  unsigned char* const mine = shared + P * 4 * table_size + line * a.line_bytes;
+  const int table_bytes = tap_pairs(tiles) * 8;  // of each part
+  unsigned char* const mine = shared + P * table_bytes + line * a.line_bytes;
   unsigned char* const ring = mine + (Aligned ? 0 : gap);
   float4* const dots = reinterpret_cast<float4*>(mine + a.dots_offset) + own_strip * tiles * 64;
 
@@ -968,7 +973,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       const int width = of_x ? a.out_width : a.in_width;
       const int64_t row_bytes = int64_t(d) * width * sizeof(T);
       if (first == 0 || !keeps_rows) {
-        const int copied = Aligned ? lane / 8 % warps : line;
+        const int copied = Aligned ? lane / 8 % lines : line;
         const Band of = band<!Aligned>(a, fetched_unit, copied);
         const T* const at = of_x ? place_x(of) : place_in(of);
         const int row = of_x ? of.row : of.row + a.row_shift, column = of_x ? first_out(of) : first_in(of);
@@ -977,8 +982,9 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
         rows.end = (width - column) * int(sizeof(T));
       }
       unsigned char* const to = of_x ? mine + rows.to + a.x_offset : ring + rows.to + slot * pair_bytes;
-      if constexpr (Aligned) copy_pair(to, rows.at, row_bytes, rows.lo, rows.hi, rows.end);
-      else copy_line(a, to, of_x ? out_pitch : in_pitch, rows.at, row_bytes, rows.lo, rows.hi, reinterpret_cast<const char*>(of_x ? x : in), static_cast<const char*>(of_x ? a.x_end : a.in_end), line_thread);
+      if constexpr (Aligned) {
+        if (!Split || second) copy_pair(to, rows.at, row_bytes, rows.lo, rows.hi, rows.end, line, lines);
+      } else copy_line(a, to, of_x ? out_pitch : in_pitch, rows.at, row_bytes, rows.lo, rows.hi, reinterpret_cast<const char*>(of_x ? x : in), static_cast<const char*>(of_x ? a.x_end : a.in_end), line_thread);
       rows.at += step * row_bytes, rows.lo -= step, rows.hi -= step;
     }
     if (!of_x) slot = slot + 1 == a.ring_pairs ? 0 : slot + 1;
@@ -996,13 +1002,13 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  // The taps, 8 numbers into a row of zeros, and again one number further on, so that each pair is one word of either.
-  for (int i = threadIdx.x; i < 2 * table_size; i += blockDim.x) {
-    const int k = i % table_size - 8 - i / table_size;
+  // Taps k and k + 1, k - 8 and k - 7 from k = -8 on: two such words, and those for k + 8, are a lane's of A_t.
+  for (int i = threadIdx.x; i < 4 * tap_pairs(tiles); i += blockDim.x) {
+    const int k = i / 4 - 8 + i % 2 - i / 2 % 2 * 8;
     float tap = weight && k >= 0 && k < a.K ? widen(weight[int64_t(c) * a.K + (a.reversed ? a.K - 1 - k : k)]) : 0;
-    for (int p = 0; p < P; ++p) tap -= widen(table[p * 2 * table_size + i] = narrow<Factor<T>>(tap));
+    for (int p = 0; p < P; ++p) tap -= widen(reinterpret_cast<Factor<T>*>(shared + p * table_bytes)[i] = narrow<Factor<T>>(tap));
   }
-  const unsigned char* const taps = shared + (g % 2 * table_size + 8 + g % 2 + 2 * q - g) * 2;
+  const unsigned char* const taps = shared + (8 + 2 * q - g) * 8;
   const float initial = !Gradient && bias ? widen(bias[c]) : 0;
   if (Gradient && a.has_dots)
     for (int i = lane; i < tiles * 64; i += 32) dots[i] = make_float4(0, 0, 0, 0);
@@ -1024,7 +1030,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       if (Gradient && a.has_dots) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          load_rows<T, Aligned>(own[i], mine + a.x_offset + x_at + i * 16 * out_pitch, out_pitch, x_at, max(-column, -in_column), min(a.out_width - column, a.in_width - in_column));
+          if (!Split || second) load_rows<T, Aligned, true>(own[i], mine + a.x_offset + x_at + i * 16 * out_pitch, out_pitch, x_at, max(-column, -in_column), min(a.out_width - column, a.in_width - in_column));
         }
         __syncthreads();
       }
@@ -1034,22 +1040,20 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
 #pragma unroll
       for (int i = 0; i < 8 * N; ++i) acc[i / (4 * N)][i / 4 % N][i % 4] = initial;
       float upper[2][4], lower[2][4];  // D_u of the step's first block, D_{u-1} of its second
-      uint32_t f[5][P] = {};           // pairs of taps 16 u - 24, 16 u - 16, ..., 16 u + 8 from the lane's first
+      uint32_t tap[2][P][2][2];        // A_u, A_{u-1}
       const auto next_block = [&](int u) {  // u: the one it is
         block += Aligned || u % 2 ? 16 * in_pitch : pair_bytes - 16 * in_pitch;
         if (block >= ring_end) block -= a.ring_pairs * pair_bytes;
       };
       // Block u of in meets A_u for the step's first block of out and A_{u-1} for its second.
-      const auto meet = [&]<bool has_upper, bool has_lower>(int u) {
-        uint32_t tap[2][P][2][2];  // A_u, A_{u-1}
+      const auto meet = [&]<bool for_out, bool for_dots, bool has_upper, bool has_lower>(int u) {
 #pragma unroll
-        for (int p = 0; p < P; ++p) {
-          f[0][p] = f[2][p], f[1][p] = f[3][p], f[2][p] = f[4][p];
-          if constexpr (has_upper) f[3][p] = at<uint32_t>(taps + p * 4 * table_size + u * 32), f[4][p] = at<uint32_t>(taps + p * 4 * table_size + u * 32 + 16);
-#pragma unroll
-          for (int i = 0; i < 8; ++i) tap[i / 4][p][i / 2 % 2][i % 2] = f[(i < 4 ? 3 : 1) - i / 2 % 2 + i % 2][p];
+        for (int i = 0; i < 2 * P; ++i) {
+          uint2& v = reinterpret_cast<uint2&>(tap[0][i / 2][i % 2]);
+          if constexpr (has_lower) reinterpret_cast<uint2&>(tap[1][i / 2][i % 2]) = v;
+          if constexpr (has_upper) v = at<uint2>(taps + i / 2 * table_bytes + (16 * u + i % 2 * 8) * 8);
         }
-        if (!Gradient || out) {
+        if (for_out && (!Gradient || out)) {
 #pragma unroll
           for (int n = 0; n < N; n += J) {
             uint32_t b[P][J][2];  // of rows 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of the block
@@ -1076,9 +1080,9 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
             if constexpr (has_lower) multiply_add<T>(acc[1] + n, tap[1], b);
           }
         }
-        if (Gradient && a.has_dots) {
+        if (Gradient && for_dots && a.has_dots) {
           uint32_t other[strip<T> / 16][P][2][2];
-          load_rows<T, Aligned>(other, block, in_pitch, in_at);
+          load_rows<T, Aligned, false>(other, block, in_pitch, in_at);
           if constexpr (has_upper) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -1100,11 +1104,15 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
         }
       };
       const unsigned char* const first_block = block;
-      meet.template operator()<true, false>(0);
-#pragma unroll 1
-      for (int u = 1; u < tiles; ++u) next_block(u), meet.template operator()<true, true>(u);
-      next_block(tiles), meet.template operator()<false, true>(tiles);
-      if (Gradient && a.has_bias_sum) {  // a block counts where tap 0 meets it, or in the last step
+      const auto meet_all = [&]<bool for_out, bool for_dots> {
+        meet.template operator()<for_out, for_dots, true, false>(0);
+#pragma unroll(Split && P == 1 ? 2 : 1)
+        for (int u = 1; u < tiles; ++u) next_block(u), meet.template operator()<for_out, for_dots, true, true>(u);
+        next_block(tiles), meet.template operator()<for_out, for_dots, false, true>(tiles);
+      };
+      if constexpr (!Split) meet_all.template operator()<true, true>();
+      else second ? meet_all.template operator()<false, true>() : meet_all.template operator()<true, false>();
+      if (Gradient && a.has_bias_sum && (!Split || second)) {  // a block counts where tap 0 meets it, or in the last step
         constexpr uint32_t ones = std::is_same_v<T, f16> ? 0x3c003c00 : 0x3f803f80;
         const int count = (s + 1) * step >= of.rows ? tiles : 1;
         block = first_block;
@@ -1120,13 +1128,13 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
             bias_sum[0] += sum;
           } else {
             uint32_t other[4][1][2][2];
-            load_rows<T, Aligned>(other, block, in_pitch, in_at, -in_column, of.busy ? a.in_width - in_column : 0);
+            load_rows<T, Aligned, false>(other, block, in_pitch, in_at, -in_column, of.busy ? a.in_width - in_column : 0);
 #pragma unroll
             for (int i = 0; i < 8; ++i) multiply_add<T>(bias_sum, ones, ones, ones, ones, other[i / 2][0][i % 2][0], other[i / 2][0][i % 2][1]);
           }
         }
       }
-      if (Gradient && !out) continue;
+      if ((Gradient && !out) || second) continue;
 
       const int row = of.row + s * step * d;
       if (!Aligned && (in_column < 0 || min(strip<T>, a.out_width - column) > a.in_width - in_column)) {  // some meet none of in
@@ -1205,8 +1213,8 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
     float sum = bias_sum[0] + bias_sum[1];  // of all lanes, or those of a quad, for the quads have the same
     for (int o = P > 1 ? 16 : 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     await_copies<0>();
-    __syncwarp();
-    if (lane == 0) reinterpret_cast<float*>(mine)[own_strip] = sum;
+    __syncthreads();
+    if (lane == 0 && (!Split || second)) reinterpret_cast<float*>(mine)[own_strip] = sum;
     __syncthreads();
     partial += (int64_t(c) * a.blocks + split) * (a.K + 1);
     const unsigned char* const all = mine - line * a.line_bytes;
@@ -1215,7 +1223,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       const int from = k == a.K ? 0 : a.dots_offset + 4 * (t * 256 + column / 8 * 128 + (r % 8 * 4 + column % 8 / 2) * 4 + r / 8 * 2 + column % 2);
       float sum = 0;
       if (k < a.K ? a.has_dots : k == a.K && r == 0)
-        for (int w = 0; w < warps; ++w) {
+        for (int w = 0; w < (Split ? lines : warps); ++w) {
           const int line = Aligned ? w : w / a.line_strips, strip = w - line * (Aligned ? 1 : a.line_strips);
           sum += at<float>(all + line * a.line_bytes + strip * (k == a.K ? 4 : tiles * 1024) + from);
         }
@@ -1284,7 +1292,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
               const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
   constexpr int pitch = aligned_pitch, pair_bytes = step * pitch, together = Gradient ? 1 : 2;  // blocks of out at a time
   extern __shared__ __align__(16) unsigned char shared[];
-  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, d = a.dilation.divisor, tiles = a.tiles, lead = tiles / 2, entries = a.ring_offset / 32;
+  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, d = a.dilation.divisor, tiles = a.tiles, lead = tiles / 2;
   const int strips = a.groups * a.side, role = Gradient ? threadIdx.x / (32 * strips) : 0, thread = threadIdx.x - role * 32 * strips;
   const int split = blockIdx.x / a.sets, set_channel = blockIdx.x % a.sets * a.groups * 8;
   const int own_strip = thread / 32, own_channel = set_channel + own_strip % a.groups * 8;
@@ -1344,7 +1352,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  const int taps = mine + (15 + 2 * q - g) * 16;
+  const int taps = mine + (8 + 2 * q - g) * 8, taps_after = taps + 64 + (2 * q < g ? 0 : 7 * 128);  // for tap k, k + 8
   Packed<T, 8> initial{};
   if (!Gradient && bias && own_channel < a.C) {
 #pragma unroll
@@ -1358,17 +1366,17 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     int left, own_unit;  // rows that the thread writes
     float bias_sum = 0;  // of channel g, pixels 2 q and 2 q + 1
     each_step.template operator()<true>([&] {
-      // Pairs of taps from -15 on for 8 channels, those of 4 channels side by side. No branches, so that loads are under way together.
+      // As in `toeplitz`, for 16 k after one another for each channel. No branches, so that loads are under way together.
       if (weight && own_channel < a.C) {
 #pragma unroll 4
-        for (int i = lane / 4; i < 2 * entries; i += 8) {
-          const int half = i >= entries, k = i - half * entries - 15;
-          const uint16_t* const taps = reinterpret_cast<const uint16_t*>(weight) + int64_t(own_channel + half * 4 + lane % 4) * a.K;
+        for (int i = lane; i < 8 * tap_pairs(tiles); i += 32) {
+          const int k = i / 128 * 16 + i % 16 - 8;
+          const uint16_t* const taps = reinterpret_cast<const uint16_t*>(weight) + int64_t(own_channel + i / 16 % 8) * a.K;
           const auto tap = [&](int k) {
             const uint32_t v = taps[min(max(a.reversed ? a.K - 1 - k : k, 0), a.K - 1)];
             return uint32_t(k) < uint32_t(a.K) ? v : 0;
           };
-          reinterpret_cast<uint32_t*>(shared + mine)[i * 4 + lane % 4] = tap(k) | tap(k + 1) << 16;
+          reinterpret_cast<uint2*>(shared + mine)[i] = make_uint2(tap(k) | tap(k + 1) << 16, tap(k - 8) | tap(k - 7) << 16);
         }
       }
     }, [&](int unit) {
@@ -1416,14 +1424,10 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
             for (int i = 0; i < 16 * (together - 1); ++i) b[0][i / 8][i % 8] = b[1][i / 8][i % 8];
             load_block(b[together - 1]);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const unsigned char* const from = shared + taps + (half * entries + 16 * u) * 16;
-              const Packed<uint32_t, 4> before = at<Packed<uint32_t, 4>>(from - 128), same = at<Packed<uint32_t, 4>>(from), after = at<Packed<uint32_t, 4>>(from + 128);
+            for (int c = 0; c < 8; ++c) {
+              const uint2 v = at<uint2>(shared + taps + (u * 8 + c) * 128), w = at<uint2>(shared + taps_after + (u * 8 + c) * 128);
 #pragma unroll
-              for (int i = 0; i < 4 * together; ++i) {
-                const int c = half * 4 + i % 4;
-                multiply_add<T>(acc[i / 4][c], same.at[i % 4], before.at[i % 4], after.at[i % 4], same.at[i % 4], b[i / 4][0][c], b[i / 4][1][c]);
-              }
+              for (int i = 0; i < together; ++i) multiply_add<T>(acc[i][c], v.x, v.y, w.x, w.y, b[i][0][c], b[i][1][c]);
             }
           }
           __syncwarp();
@@ -2142,11 +2146,11 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   int table = 0, roles = 1, room;
   if (last) {
     constexpr int pair = step * aligned_pitch;
-    a.ring_offset = (16 * a.tiles + 16) * 32, a.x_offset = a.ring_offset + a.ring_pairs * pair, a.out_offset = a.x_offset + (a.has_dots ? 2 * pair : 0);
+    a.ring_offset = tap_pairs(a.tiles) * 64, a.x_offset = a.ring_offset + a.ring_pairs * pair, a.out_offset = a.x_offset + (a.has_dots ? 2 * pair : 0);
     a.line_bytes = round_up(a.out_offset + (gradient ? pair : 0), 128) + 32;
     roles += a.has_dots ? a.tiles : 0, room = gradient ? 16 : 12;
   } else {
-    table = (size == 4 ? 3 : 1) * 4 * (16 * a.tiles + 16), room = resident_blocks(gradient, aligned, size) * 4;
+    table = (size == 4 ? 3 : 1) * 8 * tap_pairs(a.tiles), room = resident_blocks(gradient, aligned, size) * 4;
     if (!aligned) plane_lines = p.dilation == 1 && strips <= 8 ? 1 : ceil_div(strips, 4);
     for (;; ++plane_lines) {  // unaligned: lines as long as shared memory has room for
       line_strips = ceil_div(strips, plane_lines), a.line_columns = strip * line_strips;
@@ -2162,13 +2166,14 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   plane_lines = ceil_div(strips, line_strips);
   const int64_t lines = p.N * plane_lines;
   a.plane_lines = plane_lines, a.line_strips = line_strips, a.line_columns = strip * line_strips, a.row_granules = a.line_columns * size / 16, a.lines = lines;
+  if (aligned && !last && a.has_dots && c.out && room * a.line_bytes > device.shared_per_multiprocessor) roles = 2;  // more warps than lines
   const auto shared = [&](int n) { return table + n * a.line_bytes; };
   const auto resident = [&](int n) { return smaller(room / (n * line_strips * roles), device.shared_per_multiprocessor / (shared(n) + 1024)); };
   // As many busy strips as registers and shared memory have room for; preferably 4 side by side, which read 512 bytes of a row (64 of a pixel
   // if channels_last).
   const int64_t channels = last ? p.C / 8 : p.C;  // of which a strip has one
   double most = 0;
-  for (const int64_t warps : {larger(4, line_strips), int64_t(2), int64_t(1)}) {
+  for (const int64_t warps : {larger(last ? 4 : 4 / roles, line_strips), int64_t(2), int64_t(1)}) {
     const int64_t sets = last ? ceil_div(channels, warps) : channels, groups = ceil_div(channels, sets), side = warps / (groups * line_strips), at_once = groups * side;
     const double filled = side ? double(lines) / round_up(lines, side) * (double(channels) / (sets * groups)) : 0;
     const double busy = !side || shared(at_once) > device.shared_bytes ? 0 : resident(at_once) * at_once * filled;
@@ -2201,7 +2206,8 @@ template <class T> Outcome launch_toeplitz(const Call& c) {
   if (!plan.applies) return {};
   constexpr bool only_aligned = sizeof(T) == 4;
   const bool aligned = aligned_tiles(c);
-  const auto kernel = c.grad_weight || c.grad_bias ? aligned ? toeplitz<T, true, true> : toeplitz<T, only_aligned, true>
+  const bool split = plan.threads > 32 * plan.a.side * plan.a.line_strips;
+  const auto kernel = c.grad_weight || c.grad_bias ? split ? toeplitz<T, true, true, true> : aligned ? toeplitz<T, true, true> : toeplitz<T, only_aligned, true>
                                                    : aligned ? toeplitz<T, true, false> : toeplitz<T, only_aligned, false>;
   return run<T>(kernel, plan, c, make_room<T>(plan, c));
 }
@@ -2289,7 +2295,7 @@ __global__ void __launch_bounds__(256, 4) reduce(const __grid_constant__ Problem
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-  for (int i = threadIdx.x / 32; i <= s.dots; i += blockDim.x / 32) {
+  for (int i = blockIdx.y * 8 + threadIdx.x / 32; i <= s.dots; i += gridDim.y * 8) {
     const int k = s.first_tap + i;
     double sum = 0;
     const auto add_lanes = [&] { for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o); };
@@ -2317,7 +2323,7 @@ template <class T> const char* reduce_by(const Call& c, const Sums& s, const voi
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = c.p.C, config.blockDim = 256, config.stream = static_cast<cudaStream_t>(c.stream);
+  config.gridDim = dim3(c.p.C, smaller(s.dots / 8 + 1, 65535)), config.blockDim = 256, config.stream = static_cast<cudaStream_t>(c.stream);
   config.attrs = &early, config.numAttrs = current_device().capability >= 9;
   return check(cudaLaunchKernelEx(&config, reduce<T>, c.p, s, static_cast<const Sum<T>*>(partial), static_cast<const T*>(c.in), static_cast<const T*>(c.x),
                                   static_cast<T*>(c.grad_weight), static_cast<T*>(c.grad_bias)));
