@@ -2240,7 +2240,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   const int64_t columns = Strided && Gradient ? larger(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : a.out_width;
   a.columns = columns, a.items = ceil_div(band_rows, R * out_step) * out_step * columns;
   if (band_rows >= a.out_rows)
-    while (2 * planes <= smaller(p.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= room) planes *= 2;
+    while (2 * planes <= smaller(p.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= 20 << 10) planes *= 2;
   band_rows = smaller(band_rows, a.out_rows);
   const int64_t bands = ceil_div(a.out_rows, band_rows), slices = ceil_div(p.C, planes);
   a.planes = planes, a.band_rows = band_rows, a.bands = bands, a.chunks = p.N * bands, a.slices = slices;
@@ -2341,10 +2341,10 @@ const char* launch(const Call& c) {
   const bool f64 = p.type == Type::f64, f32 = p.type == Type::f32, two_bytes = !f64 && !f32, last = p.channels_last, back = c.transposed;
   const bool aligned = alignment(c) >= 16, dense = p.stride_h == 1 && p.stride_w == 1;
   const int size = size_of(p.type), capability = current_device().capability;
-  // The bulk copy engine takes contiguous planes as stretches of memory. Tensor cores take tiles: a third at least is to be used.
+  // The bulk copy engine takes contiguous planes as stretches of memory. Tensor cores take tiles, of which a part at least is to be used.
   const bool stretches = capability >= 9 && p.dilation == 1 && !last && (dense || (!aligned && p.K <= 16 && p.stride_h <= p.K && p.stride_w <= 4));
   const int64_t H = ceil_div(back ? p.H : p.H_out, p.dilation), strip = last ? pixels : strip_bytes / size;
-  const bool tiles = capability >= 8 && dense && 3 * p.W * H > round_up(p.W, strip) * round_up(H, step);
+  const auto tiles = [&](double part) { return capability >= 8 && dense && p.W * H > part * (round_up(p.W, strip) * round_up(H, step)); };
 
   const auto by_type = [&](Attempt* of_f32, Attempt* of_f16, Attempt* of_bf16) { return f32 ? of_f32 : p.type == Type::f16 ? of_f16 : of_bf16; };
   Attempt* const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16);
@@ -2352,14 +2352,15 @@ const char* launch(const Call& c) {
       {f64, walk_f64},
       {dense && last && !f64, by_type(low_f32, low_f16, low_bf16)},
       {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H >= 24 : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
+      {f32 && !last && p.K > 13 && (back ? tiles(.6) : H >= 64 && tiles(.9)), toeplitz_f32},
       {stretches && two_bytes && !aligned && p.K <= (p.H * p.W < 1024 ? 32 : p.W <= 256 ? 7 : 16), bulk},
       {stretches && two_bytes && back && p.K <= 3, bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
       {stretches && f32 && !back && aligned && dense && p.K > 8 && p.H * p.W >= 1024 && p.H * p.W < 3584, bulk},
       {stretches && f32 && !back && dense && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
-      {tiles && two_bytes && last && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
-      {tiles && two_bytes && !last && p.K > (aligned_tiles(c) && !back ? 3 : 2), by_type(nullptr, toeplitz_f16, toeplitz_bf16)},
-      {tiles && f32 && !last && p.K > 21, toeplitz_f32},
+      {f32 && !last && p.K > 21 && tiles(.3), toeplitz_f32},
+      {two_bytes && last && tiles(.3) && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
+      {two_bytes && !last && tiles(.3) && p.K > (aligned_tiles(c) && !back ? 3 : 2), by_type(nullptr, toeplitz_f16, toeplitz_bf16)},
       {aligned && p.K <= 3, by_type(walk_3_f32, walk_3_f16, walk_3_bf16)},
       {alignment(c) >= 4 * size && (f32 || last), by_type(walk_4_f32, walk_4_f16, walk_4_bf16)},
       {true, by_type(walk_1_f32, walk_1_f16, walk_1_bf16)},
