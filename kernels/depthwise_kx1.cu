@@ -357,7 +357,8 @@ constexpr int march_blocks(int M, int V, bool gradient) {
 }
 
 // Adds up what a block has of the same channel, of each tap's sums [K + 1][columns], in fixed order; `place` says of which channel the
-// first `channels` columns are, and whose of its blocks' sums these are, if any's.
+// first `channels` columns are, and whose of its blocks' sums these are, if any's. The pitch is for different banks.
+template <int columns> constexpr int sums_pitch = columns + 4;
 template <int columns, class Place> __device__ void sum_threads(const Pass& a, const float* sums, int channels, float* partial, const Place& place) {
   __syncthreads();
   for (int i = threadIdx.x; i < (a.K + 1) * channels; i += blockDim.x) {
@@ -365,7 +366,7 @@ template <int columns, class Place> __device__ void sum_threads(const Pass& a, c
     int c;
     const int block = place(first, c);
     float sum = 0;
-    for (int j = first; j < columns; j += channels) sum += sums[k * columns + j];
+    for (int j = first; j < columns; j += channels) sum += sums[k * sums_pitch<columns> + j];
     if (block >= 0) partial[(int64_t(c) * a.blocks + block) * (a.K + 1) + k] = sum;
   }
 }
@@ -514,7 +515,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
 #pragma unroll
     for (int m = -1; m < M; ++m)
       if (m < 0 || m >= M - K)
-        store<V>(sums + (m < 0 ? K : reversed ? M - 1 - m : m - (M - K)) * columns + threadIdx.x * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
+        store<V>(sums + (m < 0 ? K : reversed ? M - 1 - m : m - (M - K)) * sums_pitch<columns> + threadIdx.x * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
     const int channels = min(a.C, columns);
     sum_threads<columns>(a, sums, channels, partial, [&](int first, int& c) {
       const int pixel = a.channels(first_column + first, c), whole = channels == a.C;
@@ -611,7 +612,7 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
     for (int m = -1; m < R; ++m) {
       const int k = m - first_tap;
       if (m < 0 || (k >= 0 && k < K))
-        store<V>(sums + ((m < 0 ? K : K - 1 - k) * low_threads + threadIdx.x) * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
+        store<V>(sums + (m < 0 ? K : K - 1 - k) * sums_pitch<low_threads * V> + threadIdx.x * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
     }
     sum_threads<low_threads * V>(a, sums, 32 * V, partial, [&](int first, int& c) { return (c = first_channel + first) < a.C ? split : -1; });
   }
@@ -1023,6 +1024,10 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
     for (int s = -lead; s < of.steps; ++s) {
       __syncthreads();
       fetch_in();  // to the slot before that of the step's first pair, which the step before read first
+      if (s < 0) {
+        fetch_x();
+        continue;
+      }
       await_copies<1>();
       __syncthreads();
       const unsigned char* block = ring + slot * pair_bytes + in_at;
@@ -1035,7 +1040,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
         __syncthreads();
       }
       fetch_x();
-      if (s < 0 || (Aligned && !of.busy)) continue;
+      if (Aligned && !of.busy) continue;
       float acc[2][N][4];
 #pragma unroll
       for (int i = 0; i < 8 * N; ++i) acc[i / (4 * N)][i / 4 % N][i % 4] = initial;
@@ -1343,9 +1348,10 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       if (pair == 1) begin(unit);
       meet<Gradient>();
       fetch();  // to the slot before that of the step's first pair, which the step before read first
+      if (s < 0) continue;
       await_copies<1>();
       meet<Gradient>();
-      if (s >= 0) body(s, ring + slot * pair_bytes);
+      body(s, ring + slot * pair_bytes);
     }
     if (Gradient) await_copies<0>(), meet<Gradient>();
   };
@@ -2063,7 +2069,7 @@ template <class T, int V, int M, bool Gradient> Plan<March> march_plan(const Cal
   a.column_begin = a.has_bias_sum ? -p.padding_w * p.C : 0, a.columns = images * walked * p.C, a.images = images, a.row = walked * p.C, a.in_shift = a.column_shift * p.C;
   a.channels = p.C, a.tiles = tiles, a.dilation = p.dilation, a.residues = residues, a.planes = planes;
   plan.threads = march_threads;
-  plan.shared = march_threads * V * larger(sizeof(T) * (Gradient ? 2 : 1) * march_slots<M>, Gradient ? sizeof(float) * (p.K + 1) : 0);
+  plan.shared = larger(march_threads * V * sizeof(T) * (Gradient ? 2 : 1) * march_slots<M>, Gradient ? sums_pitch<march_threads * V> * sizeof(float) * (p.K + 1) : 0);
 
   // As few bands as keep 8 warps of a multiprocessor busy: rows where they meet are read twice. Costs are in rows.
   const Device& device = current_device();
@@ -2114,7 +2120,7 @@ template <class T, bool Gradient> Outcome low_by(const Call& c) {
   if (!plan.applies) return {};
   a.width = p.W, a.slices = slices, a.columns = columns;
   a.splits = a.blocks = deal(slices, ceil_div(columns, warps), low_blocks, 2);
-  plan.blocks = slices * a.splits, plan.threads = low_threads, plan.shared = Gradient ? sizeof(float) * low_threads * V * (p.K + 1) : 0;
+  plan.blocks = slices * a.splits, plan.threads = low_threads, plan.shared = Gradient ? sizeof(float) * sums_pitch<low_threads * V> * (p.K + 1) : 0;
   plan.sums = {.dots = a.K, .blocks = a.blocks};
   return run<T>(low<T, V, Gradient>, plan, c, make_room<T>(plan, c));
 }
