@@ -343,6 +343,7 @@ struct March : Pass {
 };
 
 constexpr int march_threads = 128;
+template <int V> constexpr int march_pitch = march_threads * V + 4;  // of its sums, for different banks
 template <int M> constexpr int march_slots = M < 7 ? 2 * M : M;
 // V, and blocks of a multiprocessor, for which registers have room.
 constexpr int march_vector(int size, int M, bool gradient) {
@@ -356,17 +357,16 @@ constexpr int march_blocks(int M, int V, bool gradient) {
   return numbers < 66 ? 4 : numbers <= 130 ? 3 : 2;
 }
 
-// Adds up what a block has of the same channel, of each tap's sums [K + 1][columns], in fixed order; `place` says of which channel the
-// first `channels` columns are, and whose of its blocks' sums these are, if any's. The pitch is for different banks.
-template <int columns> constexpr int sums_pitch = columns + 4;
-template <int columns, class Place> __device__ void sum_threads(const Pass& a, const float* sums, int channels, float* partial, const Place& place) {
+// Adds up what a block has of the same channel, of each tap's sums [K + 1][pitch], in fixed order; `place` says of which channel the
+// first `channels` of its columns are, and whose of its blocks' sums these are, if any's.
+template <int columns, int pitch, class Place> __device__ void sum_threads(const Pass& a, const float* sums, int channels, float* partial, const Place& place) {
   __syncthreads();
   for (int i = threadIdx.x; i < (a.K + 1) * channels; i += blockDim.x) {
     const int first = i / (a.K + 1), k = i % (a.K + 1);
     int c;
     const int block = place(first, c);
     float sum = 0;
-    for (int j = first; j < columns; j += channels) sum += sums[k * sums_pitch<columns> + j];
+    for (int j = first; j < columns; j += channels) sum += sums[k * pitch + j];
     if (block >= 0) partial[(int64_t(c) * a.blocks + block) * (a.K + 1) + k] = sum;
   }
 }
@@ -510,14 +510,14 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
 
   if (Gradient && partial) {
     __syncthreads();
-    constexpr int columns = march_threads * V;
+    constexpr int columns = march_threads * V, pitch = march_pitch<V>;
     float* const sums = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int m = -1; m < M; ++m)
       if (m < 0 || m >= M - K)
-        store<V>(sums + (m < 0 ? K : reversed ? M - 1 - m : m - (M - K)) * sums_pitch<columns> + threadIdx.x * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
+        store<V>(sums + (m < 0 ? K : reversed ? M - 1 - m : m - (M - K)) * pitch + threadIdx.x * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
     const int channels = min(a.C, columns);
-    sum_threads<columns>(a, sums, channels, partial, [&](int first, int& c) {
+    sum_threads<columns, pitch>(a, sums, channels, partial, [&](int first, int& c) {
       const int pixel = a.channels(first_column + first, c), whole = channels == a.C;
       return whole || first_column + first < a.columns ? ((whole ? tile : pixel) * int(a.bands.divisor) + band) * a.splits + split : -1;
     });
@@ -612,9 +612,9 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
     for (int m = -1; m < R; ++m) {
       const int k = m - first_tap;
       if (m < 0 || (k >= 0 && k < K))
-        store<V>(sums + (m < 0 ? K : K - 1 - k) * sums_pitch<low_threads * V> + threadIdx.x * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
+        store<V>(sums + ((m < 0 ? K : K - 1 - k) * low_threads + threadIdx.x) * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
     }
-    sum_threads<low_threads * V>(a, sums, 32 * V, partial, [&](int first, int& c) { return (c = first_channel + first) < a.C ? split : -1; });
+    sum_threads<low_threads * V, low_threads * V>(a, sums, 32 * V, partial, [&](int first, int& c) { return (c = first_channel + first) < a.C ? split : -1; });
   }
 }
 
@@ -1024,15 +1024,13 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
     for (int s = -lead; s < of.steps; ++s) {
       __syncthreads();
       fetch_in();  // to the slot before that of the step's first pair, which the step before read first
-      if (s < 0) {
-        fetch_x();
-        continue;
+      if (s >= 0) {  // the first pairs of a unit are under way together
+        await_copies<1>();
+        __syncthreads();
       }
-      await_copies<1>();
-      __syncthreads();
       const unsigned char* block = ring + slot * pair_bytes + in_at;
       uint32_t own[2][strip<T> / 16][P][2][2];
-      if (Gradient && a.has_dots) {
+      if (Gradient && a.has_dots && s >= 0) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (!Split || second) load_rows<T, Aligned, true>(own[i], mine + a.x_offset + x_at + i * 16 * out_pitch, out_pitch, x_at, max(-column, -in_column), min(a.out_width - column, a.in_width - in_column));
@@ -1040,24 +1038,22 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
         __syncthreads();
       }
       fetch_x();
-      if (Aligned && !of.busy) continue;
+      if (s < 0 || (Aligned && !of.busy)) continue;
       float acc[2][N][4];
 #pragma unroll
       for (int i = 0; i < 8 * N; ++i) acc[i / (4 * N)][i / 4 % N][i % 4] = initial;
       float upper[2][4], lower[2][4];  // D_u of the step's first block, D_{u-1} of its second
-      uint32_t tap[2][P][2][2];        // A_u, A_{u-1}
       const auto next_block = [&](int u) {  // u: the one it is
         block += Aligned || u % 2 ? 16 * in_pitch : pair_bytes - 16 * in_pitch;
         if (block >= ring_end) block -= a.ring_pairs * pair_bytes;
       };
       // Block u of in meets A_u for the step's first block of out and A_{u-1} for its second.
       const auto meet = [&]<bool for_out, bool for_dots, bool has_upper, bool has_lower>(int u) {
+        uint32_t tap[2][P][2][2];  // A_u, A_{u-1}
 #pragma unroll
-        for (int i = 0; i < 2 * P; ++i) {
-          uint2& v = reinterpret_cast<uint2&>(tap[0][i / 2][i % 2]);
-          if constexpr (has_lower) reinterpret_cast<uint2&>(tap[1][i / 2][i % 2]) = v;
-          if constexpr (has_upper) v = at<uint2>(taps + i / 2 * table_bytes + (16 * u + i % 2 * 8) * 8);
-        }
+        for (int i = 0; i < 4 * P; ++i)
+          if (i / (2 * P) ? has_lower : has_upper)
+            reinterpret_cast<uint2&>(tap[i / (2 * P)][i / 2 % P][i % 2]) = at<uint2>(taps + i / 2 % P * table_bytes + (16 * (u - i / (2 * P)) + i % 2 * 8) * 8);
         if (for_out && (!Gradient || out)) {
 #pragma unroll
           for (int n = 0; n < N; n += J) {
@@ -2069,7 +2065,7 @@ template <class T, int V, int M, bool Gradient> Plan<March> march_plan(const Cal
   a.column_begin = a.has_bias_sum ? -p.padding_w * p.C : 0, a.columns = images * walked * p.C, a.images = images, a.row = walked * p.C, a.in_shift = a.column_shift * p.C;
   a.channels = p.C, a.tiles = tiles, a.dilation = p.dilation, a.residues = residues, a.planes = planes;
   plan.threads = march_threads;
-  plan.shared = larger(march_threads * V * sizeof(T) * (Gradient ? 2 : 1) * march_slots<M>, Gradient ? sums_pitch<march_threads * V> * sizeof(float) * (p.K + 1) : 0);
+  plan.shared = larger(march_threads * V * sizeof(T) * (Gradient ? 2 : 1) * march_slots<M>, Gradient ? march_pitch<V> * sizeof(float) * (p.K + 1) : 0);
 
   // As few bands as keep 8 warps of a multiprocessor busy: rows where they meet are read twice. Costs are in rows.
   const Device& device = current_device();
@@ -2120,7 +2116,7 @@ template <class T, bool Gradient> Outcome low_by(const Call& c) {
   if (!plan.applies) return {};
   a.width = p.W, a.slices = slices, a.columns = columns;
   a.splits = a.blocks = deal(slices, ceil_div(columns, warps), low_blocks, 2);
-  plan.blocks = slices * a.splits, plan.threads = low_threads, plan.shared = Gradient ? sizeof(float) * sums_pitch<low_threads * V> * (p.K + 1) : 0;
+  plan.blocks = slices * a.splits, plan.threads = low_threads, plan.shared = Gradient ? sizeof(float) * low_threads * V * (p.K + 1) : 0;
   plan.sums = {.dots = a.K, .blocks = a.blocks};
   return run<T>(low<T, V, Gradient>, plan, c, make_room<T>(plan, c));
 }
