@@ -646,7 +646,7 @@ constexpr int pixels = 8;  // of a strip in channels_last
 constexpr int gap = strip_bytes;  // zeros around 32 rows of an unaligned line
 constexpr int resident_blocks(bool gradient, bool aligned, int size) { return gradient ? 2 : aligned && size == 2 ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
 
-__host__ __device__ constexpr int tap_pairs(int tiles) { return 16 * tiles + 16; }  // where they begin, with zeros around
+__host__ __device__ constexpr int tap_pairs(int tiles) { return 16 * tiles + 16; }  // places where pairs begin, in zeros around the taps
 
 struct Toeplitz : Pass {
   int tiles;
@@ -2168,7 +2168,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   plane_lines = ceil_div(strips, line_strips);
   const int64_t lines = p.N * plane_lines;
   a.plane_lines = plane_lines, a.line_strips = line_strips, a.line_columns = strip * line_strips, a.row_granules = a.line_columns * size / 16, a.lines = lines;
-  if (aligned && !last && a.has_dots && c.out && room * a.line_bytes > device.shared_per_multiprocessor) roles = 2;  // more warps than lines
+  if (aligned && !last && a.has_dots && c.out && room * a.line_bytes > device.shared_per_multiprocessor) roles = 2;  // registers have room for more lines than shared memory
   const auto shared = [&](int n) { return table + n * a.line_bytes; };
   const auto resident = [&](int n) { return smaller(room / (n * line_strips * roles), device.shared_per_multiprocessor / (shared(n) + 1024)); };
   // As many busy strips as registers and shared memory have room for; preferably 4 side by side, which read 512 bytes of a row (64 of a pixel
@@ -2233,7 +2233,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T), 16) + 16; };
   const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + smaller(Gradient ? ceil_div(rows + p.K - 1, p.stride_h) + (Strided ? 1 : 0) : (rows - 1) * p.stride_h + p.K, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
-  // As many rows or planes as leave room for the blocks that registers have room for.
+  // As many rows or planes as leave room for the blocks that registers have room for; planes up to 20 KB, by measurement.
   const int64_t sums = Gradient && M ? sizeof(float) * bulk_threads * larger(p.K - (Strided ? 0 : M), 0) : 0;  // of taps beyond registers
   const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(Gradient) - 2048 - sums) / bulk_slots;
   const int64_t out_step = Gradient ? p.stride_h : 1;
@@ -2242,7 +2242,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   const int64_t columns = Strided && Gradient ? larger(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : a.out_width;
   a.columns = columns, a.items = ceil_div(band_rows, R * out_step) * out_step * columns;
   if (band_rows >= a.out_rows)
-    while (2 * planes <= smaller(p.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= 20 << 10) planes *= 2;
+    while (2 * planes <= smaller(p.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= smaller(room, 20 << 10)) planes *= 2;
   band_rows = smaller(band_rows, a.out_rows);
   const int64_t bands = ceil_div(a.out_rows, band_rows), slices = ceil_div(p.C, planes);
   a.planes = planes, a.band_rows = band_rows, a.bands = bands, a.chunks = p.N * bands, a.slices = slices;
@@ -2360,9 +2360,9 @@ const char* launch(const Call& c) {
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
       {stretches && f32 && !back && aligned && dense && p.K > 8 && p.H * p.W >= 1024 && p.H * p.W < 3584, bulk},
       {stretches && f32 && !back && dense && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
-      {f32 && !last && p.K > 21 && tiles(.3), toeplitz_f32},
-      {two_bytes && last && tiles(.3) && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
-      {two_bytes && !last && tiles(.3) && p.K > (aligned_tiles(c) && !back ? 3 : 2), by_type(nullptr, toeplitz_f16, toeplitz_bf16)},
+      {f32 && !last && p.K > 21 && tiles(.33), toeplitz_f32},
+      {two_bytes && last && tiles(.33) && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
+      {two_bytes && !last && tiles(.33) && p.K > (aligned_tiles(c) && !back ? 3 : 2), by_type(nullptr, toeplitz_f16, toeplitz_bf16)},
       {aligned && p.K <= 3, by_type(walk_3_f32, walk_3_f16, walk_3_bf16)},
       {alignment(c) >= 4 * size && (f32 || last), by_type(walk_4_f32, walk_4_f16, walk_4_bf16)},
       {true, by_type(walk_1_f32, walk_1_f16, walk_1_bf16)},
