@@ -908,7 +908,8 @@ void run(Job j, void* grad_weight, void* grad_bias) {
               element * j.lanes < 64 && (p.type == Type::bf16 || p.type == Type::f32);
   j.direct = j.windows || (p.type != Type::f16 && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
-  j.past_caches = j.direct && p.N * p.C * j.vout.rows * j.vout.width * element > 16 << 20;
+  const int64_t row = j.vout.row * element;  // whose ends, parts of lines, would come back from memory
+  j.past_caches = j.direct && (row % 64 == 0 || row >= 2048) && p.N * p.C * j.vout.rows * j.vout.width * element > (j.forward ? 16 : 8) << 20;
   j.multiple = j.direct && gaps && !j.windows ? at_once : 1;
   j.bytes = j.windows || (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) ? vector_bytes : bytes;
   if (j.direct && j.forward) j.nq = std::min(Q, 8 * wanted / j.lanes);
