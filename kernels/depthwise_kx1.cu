@@ -359,7 +359,7 @@ constexpr int march_blocks(int M, int V, bool gradient) {
 
 // Adds up what a block has of the same channel, of each tap's sums [K + 1][pitch], in fixed order; `place` says of which channel the
 // first `channels` of its columns are, and whose of its blocks' sums these are, if any's.
-template <int columns, int pitch, class Place> __device__ void sum_threads(const Pass& a, const float* sums, int channels, float* partial, const Place& place) {
+template <int columns, int pitch = columns, class Place> __device__ void sum_threads(const Pass& a, const float* sums, int channels, float* partial, const Place& place) {
   __syncthreads();
   for (int i = threadIdx.x; i < (a.K + 1) * channels; i += blockDim.x) {
     const int first = i / (a.K + 1), k = i % (a.K + 1);
@@ -614,7 +614,7 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
       if (m < 0 || (k >= 0 && k < K))
         store<V>(sums + ((m < 0 ? K : K - 1 - k) * low_threads + threadIdx.x) * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
     }
-    sum_threads<low_threads * V, low_threads * V>(a, sums, 32 * V, partial, [&](int first, int& c) { return (c = first_channel + first) < a.C ? split : -1; });
+    sum_threads<low_threads * V>(a, sums, 32 * V, partial, [&](int first, int& c) { return (c = first_channel + first) < a.C ? split : -1; });
   }
 }
 
@@ -715,8 +715,7 @@ template <bool mixed> __device__ int next_steps(const Toeplitz& a, int& unit) { 
 template <class T> using Factor = std::conditional_t<std::is_same_v<T, float>, bf16, T>;
 template <class T> constexpr int parts = std::is_same_v<T, float> ? 3 : 1;
 
-// d += a b for N fragments b; a and b by parts, and as the tensor cores take them by halves: a of what is summed over, then of rows;
-// b of what is summed over.
+// d += a b for N fragments b; a and b by parts, then by halves of what is summed over; a's also by halves of its rows.
 template <class T, int N, int A, int B> __device__ void multiply_add(float (*d)[4], const uint32_t (&a)[A][2][2], const uint32_t (&b)[B][N][2]) {
   float products[N][4] = {};
 #pragma unroll
@@ -859,7 +858,8 @@ template <int N> __device__ void load_pairs(uint32_t (&to)[N], const unsigned ch
   for (int i = 0; i < N; ++i) to[i] = __funnelshift_r(to[i], i + 1 < N ? to[i + 1] : end, odd * 8);
 }
 
-// A block's rows as operand of a product over columns: fragments of 16 columns each, in an order that is the same for all rows. Unaligned:
+// A block's rows as the left or the right factor of a product over columns: fragments of 16 columns each, in an order that is the same for
+// all rows. The tensor cores take a left one's quarters in another order; in the wrong one, registers are moved for each product. Unaligned:
 // the first begins at `phase` modulo 4; zeros outside columns [first, last). (Unrolled loops behind `if constexpr` are in braces: without,
 // nvcc 13.0 drops the loop and says nothing.)
 template <class T, bool Aligned, bool left>
@@ -927,7 +927,7 @@ __device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weigh
 }
 
 // Unaligned: lines of up to 8 strips; the bound is what leaves registers for the blocks of `resident_blocks`. Split: a line has two warps,
-// one for out, the other for the weight gradient and the copies.
+// the first for out, the second for the copies and the sums.
 template <class T, bool Aligned, bool Gradient, bool Split = false>
 __global__ void __launch_bounds__(Aligned ? 128 : Gradient ? 256 : 384, Aligned ? resident_blocks(Gradient, Aligned, sizeof(T)) : 1)
 toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
@@ -938,8 +938,8 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, q = lane % 4, g = lane / 4;
   const int split = blockIdx.x / a.C, c = blockIdx.x % a.C, d = a.dilation.divisor, tiles = a.tiles;
   const int in_pitch = Aligned ? aligned_pitch : a.in_pitch, out_pitch = Aligned ? aligned_pitch : a.out_pitch, pair_bytes = Aligned ? step * aligned_pitch : a.pair_bytes;
-  const int lines = Split ? warps / 2 : Aligned ? warps : warps / a.line_strips;
-  const bool second = Split && warp >= lines;
+  const int lines = warps / (Split ? 2 : Aligned ? 1 : a.line_strips);
+  const bool second = Split && warp >= lines, copies_and_sums = !Split || second;
   const int line = Aligned ? warp - (second ? lines : 0) : warp / a.line_strips, own_strip = Aligned ? 0 : warp - line * a.line_strips, own_columns = own_strip * strip<T>;
 
   const int table_bytes = tap_pairs(tiles) * 8;  // of each part
@@ -984,7 +984,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       }
       unsigned char* const to = of_x ? mine + rows.to + a.x_offset : ring + rows.to + slot * pair_bytes;
       if constexpr (Aligned) {
-        if (!Split || second) copy_pair(to, rows.at, row_bytes, rows.lo, rows.hi, rows.end, line, lines);
+        if (copies_and_sums) copy_pair(to, rows.at, row_bytes, rows.lo, rows.hi, rows.end, line, lines);
       } else copy_line(a, to, of_x ? out_pitch : in_pitch, rows.at, row_bytes, rows.lo, rows.hi, reinterpret_cast<const char*>(of_x ? x : in), static_cast<const char*>(of_x ? a.x_end : a.in_end), line_thread);
       rows.at += step * row_bytes, rows.lo -= step, rows.hi -= step;
     }
@@ -1033,7 +1033,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       if (Gradient && a.has_dots && s >= 0) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (!Split || second) load_rows<T, Aligned, true>(own[i], mine + a.x_offset + x_at + i * 16 * out_pitch, out_pitch, x_at, max(-column, -in_column), min(a.out_width - column, a.in_width - in_column));
+          if (copies_and_sums) load_rows<T, Aligned, true>(own[i], mine + a.x_offset + x_at + i * 16 * out_pitch, out_pitch, x_at, max(-column, -in_column), min(a.out_width - column, a.in_width - in_column));
         }
         __syncthreads();
       }
@@ -1113,7 +1113,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       };
       if constexpr (!Split) meet_all.template operator()<true, true>();
       else second ? meet_all.template operator()<false, true>() : meet_all.template operator()<true, false>();
-      if (Gradient && a.has_bias_sum && (!Split || second)) {  // a block counts where tap 0 meets it, or in the last step
+      if (Gradient && a.has_bias_sum && copies_and_sums) {  // a block counts where tap 0 meets it, or in the last step
         constexpr uint32_t ones = std::is_same_v<T, f16> ? 0x3c003c00 : 0x3f803f80;
         const int count = (s + 1) * step >= of.rows ? tiles : 1;
         block = first_block;
@@ -1215,7 +1215,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
     for (int o = P > 1 ? 16 : 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     await_copies<0>();
     __syncthreads();
-    if (lane == 0 && (!Split || second)) reinterpret_cast<float*>(mine)[own_strip] = sum;
+    if (lane == 0 && copies_and_sums) reinterpret_cast<float*>(mine)[own_strip] = sum;
     __syncthreads();
     partial += (int64_t(c) * a.blocks + split) * (a.K + 1);
     const unsigned char* const all = mine - line * a.line_bytes;
