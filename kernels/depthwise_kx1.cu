@@ -1011,7 +1011,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   }
   const unsigned char* const taps = shared + (8 + 2 * q - g) * 8;
   const float initial = !Gradient && bias ? widen(bias[c]) : 0;
-  if (Gradient && a.has_dots)
+  if (Gradient && a.has_dots && copies_and_sums)
     for (int i = lane; i < tiles * 64; i += 32) dots[i] = make_float4(0, 0, 0, 0);
   __syncthreads();
 
