@@ -966,7 +966,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   const auto fetch = [&]<bool of_x> {
     if (!of_x && pair++ == pairs) {
       const int steps = next_steps<!Aligned>(a, fetched_unit);
-      pairs = steps + lead, pair = steps > 0;
+      pairs = steps > 0 ? steps + lead : 0, pair = steps > 0;
     }
     const int first = pair - 1 - (of_x ? lead : 0);
     if (pair > 0 && first >= 0 && (!of_x || a.has_dots)) {
@@ -999,7 +999,9 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
       *reinterpret_cast<uint4*>(mine + (n <= a.ring_pairs ? n * pair_bytes : a.dots_offset - gap) + i % (gap / 16) * 16) = make_uint4(0, 0, 0, 0);
     }
   }
-  fetch_in(), fetch_x();
+  const int early = Gradient ? lead : 0;  // steps before a unit's first one, whose pairs are under way before all else; forward, that is slower
+#pragma unroll 1
+  for (int i = 0; i <= early; ++i) fetch_in(), fetch_x();
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -1016,12 +1018,12 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   __syncthreads();
 
   float bias_sum[4] = {};
-  for (int unit = split - a.splits; next_steps<!Aligned>(a, unit) > 0;) {
+  for (int unit = split - a.splits, s = early - lead; next_steps<!Aligned>(a, unit) > 0; s = -lead) {
     const Band of = band<!Aligned>(a, unit, line);
     const int column = of.column + own_columns, in_column = column + a.column_shift;
     const int in_at = Aligned ? 0 : skipped(place_in(of)) + (in_column - first_in(of)) * int(sizeof(T)), x_at = Aligned || !Gradient ? 0 : skipped(place_x(of)) + (column - first_out(of)) * int(sizeof(T));
     const unsigned char* const ring_end = ring + a.ring_pairs * pair_bytes + in_at;
-    for (int s = -lead; s < of.steps; ++s) {
+    for (; s < of.steps; ++s) {
       __syncthreads();
       fetch_in();  // to the slot before that of the step's first pair, which the step before read first
       if (s >= 0) {  // the first pairs of a unit are under way together
@@ -1315,7 +1317,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     const auto fetch = [&] {
       if (pair++ == pairs) {
         const int steps = next_steps<false>(a, unit);
-        pairs = steps + lead, pair = steps > 0;
+        pairs = steps > 0 ? steps + lead : 0, pair = steps > 0;
         const auto place = [&](const T* first, int rows, int width, int64_t row_numbers, int row_shift, int column_shift) {
           const Band of = band<false>(a, unit, copied_side);
           const int row = of.row + row_shift, column = of.column + copied_pixel + column_shift;
@@ -1337,11 +1339,12 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       slot = slot + 1 == a.ring_pairs ? 0 : slot + 1;
       end_group_of_copies();
     };
-    fetch();
+#pragma unroll 1
+    for (int i = 0; i <= lead; ++i) fetch();  // the first unit's first step
     prepare();
-    while (pair > 0) {
+    for (int begun = split - a.splits; pair > 0;) {
       const int s = pair - 1 - lead;
-      if (pair == 1) begin(unit);
+      if (unit != begun) begin(begun = unit);
       meet<Gradient>();
       fetch();  // to the slot before that of the step's first pair, which the step before read first
       if (s < 0) continue;
@@ -2198,6 +2201,10 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
       if (cost < best) best = cost, a.bands = ceil_div(steps, band_steps), a.band_steps = band_steps, a.units = units, a.splits = ceil_div(units, each);
     }
   }
+  // With work enough, blocks of a single short band come closer to the order of memory and to the speed of a copy.
+  const int64_t few = steps > a.tiles / 2 + 2 ? a.tiles / 2 + 1 : steps, bands = ceil_div(steps, few);
+  if (!gradient && aligned && !last && size == 2 && residues == 1 && a.tiles < 6 && a.out_rows >= step && a.sets * sides * bands >= 4 * blocks)
+    a.bands = bands, a.band_steps = few, a.units = a.splits = sides * bands;
   plan.blocks = int64_t(a.sets) * a.splits, plan.threads = 32 * at_once * line_strips * roles, plan.shared = shared(at_once);
   a.blocks = a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
