@@ -1273,8 +1273,8 @@ __device__ void redo(const Toeplitz& a, const T* in, const T* weight, const T* b
   }
 }
 
-// Where all threads of a block meet. Apart: in different branches of the code, which takes the barrier that is not `aligned`.
-template <bool Apart> __device__ void meet() {
+// __syncthreads, also where threads come from different branches of the code (Apart): that takes the barrier that is not `aligned`.
+template <bool Apart> __device__ void sync_block() {
   if constexpr (Apart) asm volatile("barrier.sync 1;" ::: "memory");
   else __syncthreads();
 }
@@ -1345,14 +1345,14 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     for (int begun = split - a.splits; pair > 0;) {
       const int s = pair - 1 - lead;
       if (unit != begun) begin(begun = unit);
-      meet<Gradient>();
+      sync_block<Gradient>();
       fetch();  // to the slot before that of the step's first pair, which the step before read first
       if (s < 0) continue;
       await_copies<1>();
-      meet<Gradient>();
+      sync_block<Gradient>();
       body(s, ring + slot * pair_bytes);
     }
-    if (Gradient) await_copies<0>(), meet<Gradient>();
+    if (Gradient) await_copies<0>(), sync_block<Gradient>();
   };
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
@@ -1444,7 +1444,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
                 pack<T, 8>({v[0][k], v[1][k], v[2][k], v[3][k], v[4][k], v[5][k], v[6][k], v[7][k]});
           }
         }
-        meet<Gradient>();
+        sync_block<Gradient>();
         const unsigned char* const copied = shared + copied_at + (staged - mine);
         uint32_t nan = 0;
 #pragma unroll
@@ -1461,7 +1461,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           for (int i = s * step; i < (s + 1) * step && i < left; i += 4) redo(a, in, weight, bias, out, of.n, of.row + (i + copied_row) * d, of.column + copied_pixel, copied_channel);
         }
       } else {
-        meet<Gradient>();
+        sync_block<Gradient>();
       }
     });
     if constexpr (Gradient) {
@@ -1489,7 +1489,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           for (int c = 0; c < 8; ++c) multiply_add<T>(dots[h][c], own[0][c], own[1][c], other[c]);
         }
       }
-      meet<Gradient>();
+      sync_block<Gradient>();
     });
 
     float* const square = reinterpret_cast<float*>(shared + mine) + t * 256;
