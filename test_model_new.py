@@ -951,6 +951,7 @@ HUGE = [  # (N, C, H, W), K, dtype
     ((1, 3_000_000, 3, 2),      3, torch.float32),
     ((1, 1, 1, 70_000_000),     3, torch.float32),
     ((1, 1, 70_000_000, 1),     3, torch.float32),
+    ((1, 8, 5003, 1000),        21, torch.bfloat16),  # enough for blocks of a single short band
 ]
 
 
