@@ -640,11 +640,13 @@ template <class T> __device__ uint32_t max_nan(uint32_t a, uint32_t b) {
   return a;
 }
 
-constexpr int step = 32, strip_bytes = 128, aligned_pitch = strip_bytes + 16;
+constexpr int step = 32, strip_bytes = 128;
 template <class T> constexpr int strip = strip_bytes / sizeof(T);
-constexpr int pixels = 8;  // of a strip in channels_last
+constexpr int pixels = 8, last_pitch = 4 * strip_bytes;  // of a strip in channels_last; of rows in shared memory, of up to 4 strips
 constexpr int gap = strip_bytes;  // zeros around 32 rows of an unaligned line
-constexpr int resident_blocks(bool gradient, bool aligned, int size) { return gradient ? 2 : aligned && size == 2 ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
+// Where a byte of a row of an aligned strip lies: the 8 granules of 16 bytes of a row are permuted.
+__device__ int swizzled(int row, int byte) { return row * strip_bytes + (byte ^ row % 8 * 16); }
+constexpr int resident_blocks(bool gradient, bool aligned) { return gradient ? 2 : aligned ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
 
 __host__ __device__ constexpr int tap_pairs(int tiles) { return 16 * tiles + 16; }  // places where pairs begin, in zeros around the taps
 
@@ -661,8 +663,10 @@ struct Toeplitz : Pass {
   int band_steps, units, splits;         // unit: a band of `side` lines; a set's are dealt to `splits` blocks
   Divisor row_granules;                  // of 16 bytes, of a line's columns
   bool whole;                            // unaligned lines: all of a plane's columns, and rows follow one another
+  int alike;                             // unaligned rows lie in shared memory as they do in global memory modulo this many bytes
   int in_pitch, out_pitch;               // of rows in shared memory, in bytes
-  int ring_pairs, ring_offset, pair_bytes, x_offset, dots_offset, out_offset, line_bytes;  // of a line's shared memory
+  int pixel_granules;                    // of 16 bytes, from a pixel to the next in shared memory, in channels_last
+  int ring_pairs, pair_bytes, x_offset, dots_offset, out_offset, taps_offset, line_bytes;  // of a line's shared memory, in channels_last a block's
 };
 
 // A band of a line: plane (an image if channels_last), first row and column in out, steps and rows. Mixed: a block's units are of all bands,
@@ -696,12 +700,14 @@ template <bool mixed> __device__ int next_steps(const Toeplitz& a, int& unit) { 
 // once a step, so registers do not depend on the number of taps. Written are out, each number once, and a block's sums of D_t and of
 // grad_output (`partial`), which `reduce` adds up in fixed order.
 //
-// Columns can be dealt to the fragments at will: a lane gets contiguous columns of in and of out. A pitch of 16 modulo 128 bytes
-// keeps all this free of bank conflicts.
+// Columns can be dealt to the fragments at will: a lane gets contiguous columns of in and of out. A warp's copies are requests of 128
+// bytes to L2 only if each such line of global memory goes to one line of shared memory, else of 16 to 64: so rows take whole lines,
+// and their granules of 16 bytes are permuted within them, which keeps all this free of bank conflicts.
 //
 // Unaligned, rows lie in shared memory as they do in global memory, modulo 16 bytes; lines that are all of a plane's columns (`whole`) are
-// stretches of memory, copied as such. Rows of out are put together where the step's first rows of in were. Strips meet what follows
-// the ends of their rows: other rows, or the zeros of a gap. That is left out of sums and not stored.
+// stretches of memory, copied as such, and lie there as they do modulo 128 bytes, or 64 where 32 rows are no multiple of 128. Rows of out
+// are put together where the step's first rows of in were. Strips meet what follows the ends of their rows: other rows, or the zeros of
+// a gap. That is left out of sums and not stored.
 //
 // Barriers: before a copy, all have read what it replaces; after the wait, all copies have landed, as each warp copies rows for all.
 // They also keep warps in step, so that these read longer stretches of memory.
@@ -757,22 +763,21 @@ __device__ void store_16(void* to, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// Starts to copy 32 rows of aligned strips, `row_bytes` apart, to rows one pitch apart; zeros for rows outside [lo, hi) and to the right of
-// byte `end` of a row. The lines' warps share the rows of all.
+// Starts to copy 32 rows of aligned strips, `row_bytes` apart; zeros for rows outside [lo, hi) and to the right of byte `end` of a row.
+// The lines' warps share the rows of all.
 __device__ void copy_pair(unsigned char* to, const char* from, int64_t row_bytes, int lo, int hi, int end, int line, int lines) {
-  const int lane = threadIdx.x % 32, rows = 4 / lines, offset = lane % 8 * 16;
-  int row = line * 8 * rows + lane / 8 / lines;
-  to += row * aligned_pitch + offset, from += row * row_bytes + offset;
-  if (lo <= 0 && hi >= step && offset < end) {
+  const int lane = threadIdx.x % 32, rows = 4 / lines, offset = lane % 8 * 16, first = line * 2 * rows + lane / 8 / lines;
+  from += first * row_bytes + offset;
+  const auto copy = [&]<bool inside> {
 #pragma unroll
-    for (int i = 0; i < 8; ++i, to += rows * aligned_pitch, from += rows * row_bytes) copy_async(to, from, 16);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i, row += rows, to += rows * aligned_pitch, from += rows * row_bytes) {
-      if (row >= lo && row < hi && offset < end) copy_async(to, from, 16);
-      else *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < 8; ++i, from += i % 2 ? rows * row_bytes : (8 - rows) * row_bytes) {
+      const int r = first + i % 2 * rows, row = r + i / 2 * 8;  // r < 8
+      unsigned char* const at = to + row * strip_bytes + (offset ^ r * 16);
+      if (inside || (row >= lo && row < hi && offset < end)) copy_async(at, from, 16);
+      else *reinterpret_cast<uint4*>(at) = make_uint4(0, 0, 0, 0);
     }
-  }
+  };
+  lo <= 0 && hi >= step && offset < end ? copy.template operator()<true>() : copy.template operator()<false>();
 }
 
 // 32 rows of an unaligned line lie in shared memory as they do in global memory modulo 16 bytes, or if `whole` all of them as one row, for
@@ -792,7 +797,7 @@ template <bool whole, class F> __device__ void each_granule(const Toeplitz& a, i
 // Starts to copy 32 rows of an unaligned line; zeros for rows outside [lo, hi). Numbers at the ends of a plane or a tensor [begin, limit) are
 // copied one by one.
 __device__ void copy_line(const Toeplitz& a, unsigned char* to, int pitch, const char* from, int64_t row_bytes, int lo, int hi, const char* begin, const char* limit, int thread) {
-  const int skipped = reinterpret_cast<uintptr_t>(from) & 15;
+  const int skipped = reinterpret_cast<uintptr_t>(from) & (a.alike - 1);
   to += skipped;
   const auto copy = [&]<bool whole, bool inside> {
     const auto one = [&](int row, int byte) {
@@ -823,7 +828,7 @@ __device__ void copy_line(const Toeplitz& a, unsigned char* to, int pitch, const
 
 // Stores `rows` rows of an unaligned line, bytes [begin, end) of each.
 __device__ void store_line(const Toeplitz& a, const unsigned char* from, int pitch, char* to, int64_t row_bytes, int rows, int begin, int end, int thread) {
-  const int skipped = reinterpret_cast<uintptr_t>(to) & 15;
+  const int skipped = reinterpret_cast<uintptr_t>(to) & (a.alike - 1);
   from += skipped;
   if (a.whole) begin = 0, end = rows * pitch, rows = rows > 0;
   const auto ahead = [&](int row) { return -(row * pitch + skipped + begin) & 15; };  // of its first whole granule
@@ -866,11 +871,10 @@ template <class T, bool Aligned, bool left>
 __device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const unsigned char* block, int pitch, int phase = 0, int first = 0, int last = strip<T>) {
   const int lane = threadIdx.x % 32;
   if constexpr (std::is_same_v<T, float>) {
-    block += lane % 8 * pitch + lane / 8 * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t raw[4];  // columns q, q + 4, q + 8 and q + 12 of row g
-      load_fragments(raw, block + i % 2 * 8 * pitch + i / 2 * 64);
+      load_fragments(raw, block + swizzled(lane % 8, lane / 8 * 16 + i / 2 * 64) + i % 2 * 8 * strip_bytes);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const Parts v = to_parts(__uint_as_float(raw[2 * k]), __uint_as_float(raw[2 * k + 1]));
@@ -879,11 +883,11 @@ __device__ void load_rows(uint32_t (&to)[strip<T> / 16][parts<T>][2][2], const u
       }
     }
   } else if constexpr (Aligned) {
-    block += ((left ? lane / 8 % 2 : lane / 16) * 8 + lane % 8) * pitch + (left ? lane / 16 : lane / 8 % 2) * 16;
+    block += (left ? lane / 8 % 2 : lane / 16) * 8 * strip_bytes;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t raw[4];
-      load_fragments(raw, block + i * 32);
+      load_fragments(raw, block + swizzled(lane % 8, (left ? lane / 16 : lane / 8 % 2) * 16 + i * 32));
 #pragma unroll
       for (int j = 0; j < 4; ++j) to[i][0][j / 2][j % 2] = raw[j];
     }
@@ -929,15 +933,15 @@ __device__ __noinline__ void redo(const Toeplitz& a, const T* in, const T* weigh
 // Unaligned: lines of up to 8 strips; the bound is what leaves registers for the blocks of `resident_blocks`. Split: a line has two warps,
 // the first for out, the second for the copies and the sums.
 template <class T, bool Aligned, bool Gradient, bool Split = false>
-__global__ void __launch_bounds__(Aligned ? 128 : Gradient ? 256 : 384, Aligned ? resident_blocks(Gradient, Aligned, sizeof(T)) : 1)
+__global__ void __launch_bounds__(Aligned ? 128 : Gradient ? 256 : 384, Aligned ? resident_blocks(Gradient, Aligned) : 1)
 toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
          const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
   constexpr int J = Aligned ? 8 / sizeof(T) : 8;  // contiguous columns of in that a lane loads; of out it gets 2 J
   constexpr int N = strip<T> / 8, P = parts<T>, per_word = 4 / sizeof(T), words = 2 * J / per_word;
-  extern __shared__ __align__(16) unsigned char shared[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, q = lane % 4, g = lane / 4;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warps = blockDim.x / 32, q = lane % 4, g = lane / 4;
   const int split = blockIdx.x / a.C, c = blockIdx.x % a.C, d = a.dilation.divisor, tiles = a.tiles;
-  const int in_pitch = Aligned ? aligned_pitch : a.in_pitch, out_pitch = Aligned ? aligned_pitch : a.out_pitch, pair_bytes = Aligned ? step * aligned_pitch : a.pair_bytes;
+  const int in_pitch = Aligned ? strip_bytes : a.in_pitch, out_pitch = Aligned ? strip_bytes : a.out_pitch, pair_bytes = Aligned ? step * strip_bytes : a.pair_bytes;
   const int lines = warps / (Split ? 2 : Aligned ? 1 : a.line_strips);
   const bool second = Split && warp >= lines, copies_and_sums = !Split || second;
   const int line = Aligned ? warp - (second ? lines : 0) : warp / a.line_strips, own_strip = Aligned ? 0 : warp - line * a.line_strips, own_columns = own_strip * strip<T>;
@@ -953,7 +957,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   const auto first_out = [&](const Band& of) { return whole ? 0 : of.column; };
   const auto place_in = [&](const Band& of) { return in + place(of.n, a.in_plane, a.in_width, of.row + a.row_shift, first_in(of)); };
   const auto place_x = [&](const Band& of) { return x + place(of.n, a.out_plane, a.out_width, of.row, first_out(of)); };
-  const auto skipped = [](const T* at) { return Aligned ? 0 : int(reinterpret_cast<uintptr_t>(at) & 15); };
+  const auto skipped = [&](const T* at) { return Aligned ? 0 : int(reinterpret_cast<uintptr_t>(at) & (a.alike - 1)); };
   const int lead = tiles / 2;  // pairs before the one that completes a step's
 
   // Copies the next pair of `in`, the `pair`-th of steps + lead of its unit, or the rows of x of the step that it completes. Where
@@ -993,11 +997,14 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   };
   const auto fetch_in = [&] { fetch.template operator()<false>(); };
   const auto fetch_x = [&] { if constexpr (Gradient) fetch.template operator()<true>(); };
-  if constexpr (!Aligned) {  // what columns beyond the rows' ends meet
-    for (int i = line_thread; i < gap / 16 * (a.ring_pairs + 2); i += line_threads) {
-      const int n = i / (gap / 16);
-      *reinterpret_cast<uint4*>(mine + (n <= a.ring_pairs ? n * pair_bytes : a.dots_offset - gap) + i % (gap / 16) * 16) = make_uint4(0, 0, 0, 0);
+  if constexpr (!Aligned) {  // what columns beyond the rows' ends meet: a gap, and what rows leave of 128 bytes on both sides of it
+    constexpr int granules = 4 * gap / 16;
+    for (int i = line_thread; i < granules * (a.ring_pairs + 2); i += line_threads) {
+      const int n = i / granules, byte = i % granules * 16 - 2 * gap;
+      if ((n > 0 || byte >= 0) && (n < a.ring_pairs + a.has_dots || byte < gap))
+        *reinterpret_cast<uint4*>(mine + (n <= a.ring_pairs ? n * pair_bytes : a.dots_offset - gap) + byte) = make_uint4(0, 0, 0, 0);
     }
+    __syncthreads();
   }
   const int early = Gradient ? lead : 0;  // steps before a unit's first one, whose pairs are under way before all else; forward, that is slower
 #pragma unroll 1
@@ -1062,19 +1069,21 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
             uint32_t b[P][J][2];  // of rows 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of the block
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              const unsigned char* const from = block + (2 * q + 8 * h) * in_pitch + (n * 8 + g * J) * sizeof(T);
+              const int byte = (n * 8 + g * J) * int(sizeof(T));
+              const unsigned char* const from = block + 8 * h * in_pitch + (Aligned ? swizzled(2 * q, byte) : 2 * q * in_pitch + byte);
+              const unsigned char* const next = Aligned ? block + 8 * h * in_pitch + swizzled(2 * q + 1, byte) : from + in_pitch;
               if constexpr (P > 1) {
-                const float2 v = at<float2>(from), w = at<float2>(from + in_pitch);
+                const float2 v = at<float2>(from), w = at<float2>(next);
                 const Parts left = to_parts(v.x, w.x), right = to_parts(v.y, w.y);
 #pragma unroll
                 for (int p = 0; p < P; ++p) b[p][0][h] = left.at[p], b[p][1][h] = right.at[p];
               } else if constexpr (Aligned) {
-                const uint2 v = at<uint2>(from), w = at<uint2>(from + in_pitch);
+                const uint2 v = at<uint2>(from), w = at<uint2>(next);
                 b[0][0][h] = __byte_perm(v.x, w.x, 0x5410), b[0][1][h] = __byte_perm(v.x, w.x, 0x7632);
                 b[0][2][h] = __byte_perm(v.y, w.y, 0x5410), b[0][3][h] = __byte_perm(v.y, w.y, 0x7632);
               } else {
                 uint32_t v[4], w[4];
-                load_pairs(v, from, in_at & 2), load_pairs(w, from + in_pitch, in_at + in_pitch & 2);
+                load_pairs(v, from, in_at & 2), load_pairs(w, next, in_at + in_pitch & 2);
 #pragma unroll
                 for (int j = 0; j < J; ++j) b[0][j][h] = __byte_perm(v[j / 2], w[j / 2], j % 2 ? 0x7632 : 0x5410);
               }
@@ -1288,31 +1297,39 @@ template <bool Apart> __device__ void sync_block() {
 // Gradient: the strips' first warps do the same, a block at a time, and sum grad_output; another warp a strip for each t keeps D_t of
 // its 8 channels in registers for the block's life. At the end the block sums its D_t along their diagonals.
 //
-// A pitch of 16 modulo 128 bytes for rows and of 32 for strips keeps all this free of bank conflicts.
+// Rows of a block's strips lie in shared memory as in global memory, in lines of 128 bytes whose granules of 16 bytes are permuted, for the
+// reasons that `toeplitz` gives: a quarter of a warp loads rows 2 q of two pixels, or pixels 2 q of two rows.
 template <class T, bool Gradient>
 __global__ void __launch_bounds__(Gradient ? 512 : 128, Gradient ? 1 : 3)
 toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
               const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
-  constexpr int pitch = aligned_pitch, pair_bytes = step * pitch, together = Gradient ? 1 : 2;  // blocks of out at a time
-  extern __shared__ __align__(16) unsigned char shared[];
-  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, d = a.dilation.divisor, tiles = a.tiles, lead = tiles / 2;
-  const int strips = a.groups * a.side, role = Gradient ? threadIdx.x / (32 * strips) : 0, thread = threadIdx.x - role * 32 * strips;
+  constexpr int pitch = last_pitch, pair_bytes = step * pitch, together = Gradient ? 1 : 2;  // blocks of out at a time
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), q = lane % 4, g = lane / 4, d = a.dilation.divisor, tiles = a.tiles, lead = tiles / 2;
+  const int strips = a.groups * a.side, role = Gradient ? warp / strips : 0, own_strip = warp - role * strips, thread = own_strip * 32 + lane;
   const int split = blockIdx.x / a.sets, set_channel = blockIdx.x % a.sets * a.groups * 8;
-  const int own_strip = thread / 32, own_channel = set_channel + own_strip % a.groups * 8;
-  const int mine = own_strip * a.line_bytes, ring = mine + a.ring_offset;  // in shared memory
+  const int own_channel = set_channel + own_strip % a.groups * 8, ring_end = a.ring_pairs * pair_bytes;
+
+  const int stride = a.pixel_granules, next = stride * 16;  // from an even row or pixel to the next, by exclusive or
+  const auto place = [&](int row, int granule) {
+    return row * pitch + (granule ^ row % 2 * stride ^ row / 2 % 2 * (stride == 1 ? 2 : 1) ^ row / 4 % 2 * (stride == 4 ? 2 : 4) ^ (granule / 8 & stride - 1)) * 16;
+  };
+  const int granule = own_strip / a.groups * pixels * stride + own_strip % a.groups;  // the strip's first
+  const int at_rows = place(2 * q, granule + g * stride), at_pixels = place(g, granule + 2 * q * stride);
 
   // The vector that the thread copies of rows copied_row, copied_row + 4, ...
   const int vector = thread % (8 * strips), copied_row = thread / (8 * strips), copied_side = vector / a.groups / pixels;
   const int copied_pixel = vector / a.groups % pixels, copied_channel = set_channel + vector % a.groups * 8;
-  const int copied_at = (copied_side * a.groups + vector % a.groups) * a.line_bytes + copied_row * pitch + copied_pixel * 16;
+  const int first_copied = place(copied_row, (copied_side * pixels + copied_pixel) * stride + vector % a.groups);
+  const auto copied_at = [&](int i) { return (first_copied ^ i % 2 * (stride == 4 ? 32 : 64)) + 4 * i * pitch; };  // of row copied_row + 4 i
 
   int unit = split - a.splits, pair = 0, pairs = 0, slot = 0;
-  const auto next_block = [&](int block) { return block += 16 * pitch, block == ring + a.ring_pairs * pair_bytes ? ring : block; };
+  const auto next_block = [&](int block) { return block += 16 * pitch, block == ring_end ? 0 : block; };
   // Rows that the thread copies next, and which of them there are.
   struct Rows { const T* from; int lo, hi; };
-  // Calls body(s, its first block) for each step s of all units, before that begin(unit) for each unit, at once prepare(). Copying, it
-  // fetches `in`, pair after pair of blocks, and rows of x for the step that a pair completes.
-  const auto each_step = [&]<bool Copying>(auto&& prepare, auto&& begin, auto&& body) {
+  // Calls body(s, its unit, its first block) for each step s of all units, at once prepare(). Copying, it fetches `in`, pair after pair of
+  // blocks, and rows of x for the step that a pair completes.
+  const auto each_step = [&]<bool Copying>(auto&& prepare, auto&& body) {
     Rows in_rows{}, x_rows{};
     const auto fetch = [&] {
       if (pair++ == pairs) {
@@ -1331,10 +1348,10 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       const auto copy = [&](Rows& rows, int64_t row_numbers, int to) {
 #pragma unroll
         for (int i = 0; i < step / 4; ++i, rows.from += 4 * row_numbers)
-          copy_async(shared + copied_at + to + 4 * i * pitch, rows.from, 4 * i >= rows.lo && 4 * i < rows.hi ? 16 : 0);
+          copy_async(shared + to + copied_at(i), rows.from, 4 * i >= rows.lo && 4 * i < rows.hi ? 16 : 0);
         rows.lo -= step, rows.hi -= step;
       };
-      if (Copying && pair > 0) copy(in_rows, a.in_row, a.ring_offset + slot * pair_bytes);
+      if (Copying && pair > 0) copy(in_rows, a.in_row, slot * pair_bytes);
       if (Copying && Gradient && a.has_dots && pair > lead) copy(x_rows, a.out_row, a.x_offset + pair % 2 * pair_bytes);
       slot = slot + 1 == a.ring_pairs ? 0 : slot + 1;
       end_group_of_copies();
@@ -1342,33 +1359,33 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
 #pragma unroll 1
     for (int i = 0; i <= lead; ++i) fetch();  // the first unit's first step
     prepare();
-    for (int begun = split - a.splits; pair > 0;) {
-      const int s = pair - 1 - lead;
-      if (unit != begun) begin(begun = unit);
+    while (pair > 0) {
+      const int s = pair - 1 - lead, own_unit = unit;
       sync_block<Gradient>();
       fetch();  // to the slot before that of the step's first pair, which the step before read first
       if (s < 0) continue;
       await_copies<1>();
       sync_block<Gradient>();
-      body(s, ring + slot * pair_bytes);
+      body(s, own_unit, slot * pair_bytes);
     }
     if (Gradient) await_copies<0>(), sync_block<Gradient>();
   };
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  const int taps = mine + (8 + 2 * q - g) * 8, taps_after = taps + 64 + (2 * q < g ? 0 : 7 * 128);  // for tap k, k + 8
+  const int table = a.taps_offset + own_strip * a.line_bytes, taps = table + (8 + 2 * q - g) * 8, taps_after = taps + 64 + (2 * q < g ? 0 : 7 * 128);  // for tap k, k + 8
   Packed<T, 8> initial{};
   if (!Gradient && bias && own_channel < a.C) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) initial.at[i] = bias[own_channel + i];
   }
 
-  // At the end, of a strip: sums of D_t's 31 diagonals, then of grad_output, by t and channel.
-  const auto sums = [&](int strip_at) { return reinterpret_cast<float*>(shared + strip_at) + tiles * 256; };
+  // At the end, of a strip: D_t of a channel, by t; then sums of their 31 diagonals and of grad_output, by t and channel.
+  const auto squares = [&](int strip) { return reinterpret_cast<float*>(shared) + strip * tiles * 512; };
+  const auto sums = [&](int strip) { return squares(strip) + tiles * 256; };
   if (role == 0) {
     T* to;
-    int left, own_unit;  // rows that the thread writes
+    int left;  // rows that the thread is to write
     float bias_sum = 0;  // of channel g, pixels 2 q and 2 q + 1
     each_step.template operator()<true>([&] {
       // As in `toeplitz`, for 16 k after one another for each channel. No branches, so that loads are under way together.
@@ -1381,22 +1398,22 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
             const uint32_t v = taps[min(max(a.reversed ? a.K - 1 - k : k, 0), a.K - 1)];
             return uint32_t(k) < uint32_t(a.K) ? v : 0;
           };
-          reinterpret_cast<uint2*>(shared + mine)[i] = make_uint2(tap(k) | tap(k + 1) << 16, tap(k - 8) | tap(k - 7) << 16);
+          reinterpret_cast<uint2*>(shared + table)[i] = make_uint2(tap(k) | tap(k + 1) << 16, tap(k - 8) | tap(k - 7) << 16);
         }
       }
-    }, [&](int unit) {
-      own_unit = unit;
-      const Band copied = band<false>(a, unit, copied_side);
-      const int column = copied.column + copied_pixel;
-      to = out + ((int64_t(copied.n) * a.out_rows + copied.row + copied_row * d) * a.out_width + column) * a.C + copied_channel;
-      left = (!Gradient || out) && copied.busy && copied_channel < a.C && column >= 0 && column < a.out_width ? copied.rows - copied_row : 0;
-    }, [&](int s, int first_block) {
+    }, [&](int s, int own_unit, int first_block) {
+      if (s == 0) {
+        const Band copied = band<false>(a, own_unit, copied_side);
+        const int column = copied.column + copied_pixel;
+        to = out + ((int64_t(copied.n) * a.out_rows + copied.row + copied_row * d) * a.out_width + column) * a.C + copied_channel;
+        left = (!Gradient || out) && copied.busy && copied_channel < a.C && column >= 0 && column < a.out_width ? copied.rows - copied_row : 0;
+      }
       if (!Gradient || out || a.has_bias_sum) {
-        const int staged = Gradient ? mine + a.out_offset : first_block;  // rows of out
+        const int staged = Gradient ? a.out_offset : first_block;  // rows of out
         int block = first_block;
         const auto load_block = [&](uint32_t (&to)[2][8]) {
-          const unsigned char* const from = shared + block + 2 * q * pitch + g * 16;
-          load_two(to[0], from, from + pitch), load_two(to[1], from + 8 * pitch, from + 9 * pitch);
+          const unsigned char* const from = shared + block + at_rows, *const after = shared + block + (at_rows ^ next);
+          load_two(to[0], from, after + pitch), load_two(to[1], from + 8 * pitch, after + 9 * pitch);
           block = next_block(block);
         };
         if (Gradient && a.has_bias_sum) {  // a block counts where tap 0 meets it, or in the last step
@@ -1440,17 +1457,16 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           for (int i = 0; i < 4 * together; ++i) {  // rows g and g + 8, pixels 2 q and 2 q + 1
             const auto& v = acc[i / 4];
             const int k = i % 4;
-            *reinterpret_cast<Packed<T, 8>*>(shared + staged + ((part * 2 + i / 2) * 8 + g) * pitch + (2 * q + i % 2) * 16) =
+            *reinterpret_cast<Packed<T, 8>*>(shared + staged + (part * 2 + i / 2) * 8 * pitch + (at_pixels ^ i % 2 * next)) =
                 pack<T, 8>({v[0][k], v[1][k], v[2][k], v[3][k], v[4][k], v[5][k], v[6][k], v[7][k]});
           }
         }
         sync_block<Gradient>();
-        const unsigned char* const copied = shared + copied_at + (staged - mine);
         uint32_t nan = 0;
 #pragma unroll
         for (int i = 0; i < step / 4; ++i, to += 4 * a.out_row)
-          if (s * step + 4 * i < left) {
-            const uint4 v = at<uint4>(copied + 4 * i * pitch);
+          if (4 * i < left) {
+            const uint4 v = at<uint4>(shared + staged + copied_at(i));
             *reinterpret_cast<uint4*>(to) = v;
             nan = max_nan<T>(max_nan<T>(nan, max_nan<T>(v.x, v.y)), max_nan<T>(v.z, v.w));
           }
@@ -1458,8 +1474,9 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
         if ((nan & 0x7fff) > infinity || (nan >> 16 & 0x7fff) > infinity) {
           const Band of = band<false>(a, own_unit, copied_side);
 #pragma unroll 1
-          for (int i = s * step; i < (s + 1) * step && i < left; i += 4) redo(a, in, weight, bias, out, of.n, of.row + (i + copied_row) * d, of.column + copied_pixel, copied_channel);
+          for (int i = 0; i < step && i < left; i += 4) redo(a, in, weight, bias, out, of.n, of.row + (of.rows - left + i) * d, of.column + copied_pixel, copied_channel);
         }
+        left -= step;
       } else {
         sync_block<Gradient>();
       }
@@ -1467,21 +1484,20 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     if constexpr (Gradient) {
       bias_sum += __shfl_xor_sync(~0u, bias_sum, 1);
       bias_sum += __shfl_xor_sync(~0u, bias_sum, 2);
-      if (q == 0) sums(mine)[g * 32 + 31] = bias_sum;
+      if (q == 0) sums(own_strip)[g * 32 + 31] = bias_sum;
     }
   } else if constexpr (Gradient) {
     const int t = role - 1;
     float dots[2][8][4] = {};  // of columns 0 ... 7 and 8 ... 15, by channel
-    each_step.template operator()<false>([] {}, [](int) {}, [&](int s, int block) {
+    each_step.template operator()<false>([] {}, [&](int s, int, int block) {
       block += t * 16 * pitch;
-      if (block >= ring + a.ring_pairs * pair_bytes) block -= a.ring_pairs * pair_bytes;
+      if (block >= ring_end) block -= ring_end;
 #pragma unroll 1
       for (int i = 0; i < 2; ++i, block = next_block(block)) {
         uint32_t own[2][8], other[8];
-        const int at_lane = g * pitch + q * 32;
-        const auto load_row = [&](uint32_t (&to)[8], int row) { load_two(to, shared + row + at_lane, shared + row + at_lane + 16); };
+        const auto load_row = [&](uint32_t (&to)[8], int row) { load_two(to, shared + row + at_pixels, shared + row + (at_pixels ^ next)); };
 #pragma unroll
-        for (int h = 0; h < 2; ++h) load_row(own[h], mine + a.x_offset + (s + lead + 1) % 2 * pair_bytes + (2 * i + h) * 8 * pitch);
+        for (int h = 0; h < 2; ++h) load_row(own[h], a.x_offset + (s + lead + 1) % 2 * pair_bytes + (2 * i + h) * 8 * pitch);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           load_row(other, block + h * 8 * pitch);
@@ -1492,7 +1508,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       sync_block<Gradient>();
     });
 
-    float* const square = reinterpret_cast<float*>(shared + mine) + t * 256;
+    float* const square = squares(own_strip) + t * 256;
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
 #pragma unroll
@@ -1503,7 +1519,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       for (int r = 0; r < 16; ++r) {
         if (r + lane >= 15 && r + lane < 31) sum += square[r * 17 + lane - 15];
       }
-      if (lane < 31) sums(mine)[t * 256 + c * 32 + lane] = sum;
+      if (lane < 31) sums(own_strip)[t * 256 + c * 32 + lane] = sum;
       __syncwarp();
     }
   }
@@ -1516,7 +1532,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       float sum = 0;
 #pragma unroll 1
       for (int s = c / 8; s < strips; s += a.groups) {
-        const float* const of = sums(s * a.line_bytes) + c % 8 * 32;
+        const float* const of = sums(s) + c % 8 * 32;
         if (k == a.K) sum += of[31];
         else if (a.has_dots) sum += of[k / 16 * 256 + 15 + k % 16] + (k % 16 ? of[(k / 16 + 1) * 256 + k % 16 - 1] : 0);
       }
@@ -1554,6 +1570,8 @@ __device__ void show_to_copy_engine() {
 }
 
 constexpr int bulk_threads = 256, bulk_slots = 2;
+// Places in global and in shared memory are alike modulo this many bytes. (128 saves accesses to L2, but not time for float.)
+template <class T> constexpr int bulk_line = sizeof(T) == 2 ? 128 : 16;
 // Blocks of a multiprocessor, by registers: from compute capability 10.0 on, one more would spill.
 constexpr int bulk_blocks(bool gradient) {
 #if __CUDA_ARCH__ >= 1000
@@ -1568,7 +1586,7 @@ struct Chunk {
   int64_t out_at;
   int in_row, in_rows, out_rows;         // of a plane: rows of in, the first by its distance from the row that tap 0 takes to the first of out
   int bias_row, bias_rows;               // of in, that the chunk adds to the gradient of the bias
-  int in_skipped, out_skipped, out_numbers;  // numbers before them in shared memory, modulo 16 bytes
+  int in_skipped, out_skipped, out_numbers;  // numbers before them in shared memory
   int in_width, out_width;               // here, for the compiler fetches a kernel's parameters anew for each row
 };
 
@@ -1583,10 +1601,11 @@ struct Bulk : Pass {
   int sums_at, slots_at, out_at, slot_bytes;  // in shared memory
 };
 
-// Starts to copy n numbers to the same place modulo 16 bytes; the last few of a tensor, short of 16 bytes, directly.
+// Starts to copy n numbers to `skipped` numbers after `to`; the last few of a tensor, short of 16 bytes, directly.
 template <class T> __device__ void load_numbers(T* to, const T* from, int skipped, int n, const T* end, uint64_t* barrier) {
   constexpr int granule = 16 / sizeof(T);
-  from -= skipped, n += skipped;
+  const int before = skipped % granule;
+  to += skipped - before, from -= before, n += before;
   int whole = n / granule * granule;
   if (n > whole && from + whole + granule <= end) whole += granule;
 #pragma unroll 1
@@ -1609,7 +1628,7 @@ __global__ void __launch_bounds__(bulk_threads, bulk_blocks(Gradient))
 bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
      T* __restrict__ out, float* __restrict__ partial) {
 #if __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(16) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint64_t barriers[bulk_slots];
   __shared__ Chunk described[bulk_slots];
   float* const taps = reinterpret_cast<float*>(shared);
@@ -1637,7 +1656,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     k.in_row = in_begin - (Strided && Gradient ? a.step.over(row) : in_first), k.in_rows = in_end - in_begin, k.out_rows = end - row;
     k.bias_row = row ? max(limit(row) - in_begin, 0) : 0, k.bias_rows = k.in_rows - k.bias_row;
     k.out_numbers = (planes - 1) * int(a.out_plane) + k.out_rows * a.out_width;
-    const auto skipped = [](const T* at) { return int(reinterpret_cast<uintptr_t>(at) % 16 / sizeof(T)); };
+    const auto skipped = [](const T* at) { return int(reinterpret_cast<uintptr_t>(at) % bulk_line<T> / sizeof(T)); };
     k.in_skipped = skipped(in + in_at), k.out_skipped = skipped((Gradient && a.has_dots ? x : out) + k.out_at);
     described[slot] = k;
     unsigned char* const to = shared + a.slots_at + slot * a.slot_bytes;
@@ -1832,7 +1851,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     if (out && manages) {
       constexpr int granule = 16 / sizeof(T);
       T* const to = out + k.out_at;
-      const int n = k.out_numbers, first = min(n, (granule - k.out_skipped) % granule), last = n - (n - first) % granule, i = threadIdx.x % 32;
+      const int n = k.out_numbers, first = min(n, -k.out_skipped & (granule - 1)), last = n - (n - first) % granule, i = threadIdx.x % 32;
       const int at = i < first ? i : i + last - first;  // what is left at the ends
       if (at < n) to[at] = out_slot[at];
       __syncwarp();
@@ -2148,31 +2167,32 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
 
   // Shared memory of a block and of each line, warps of a strip, and those that registers have room for on a multiprocessor.
   int64_t line_strips = 1, plane_lines = strips;
-  int table = 0, roles = 1, room;
+  int common = 0, roles = 1, room;  // shared memory beside the lines'; warps of a strip; warps that registers have room for
   if (last) {
-    constexpr int pair = step * aligned_pitch;
-    a.ring_offset = tap_pairs(a.tiles) * 64, a.x_offset = a.ring_offset + a.ring_pairs * pair, a.out_offset = a.x_offset + (a.has_dots ? 2 * pair : 0);
-    a.line_bytes = round_up(a.out_offset + (gradient ? pair : 0), 128) + 32;
+    constexpr int pair = step * last_pitch;
+    a.x_offset = a.ring_pairs * pair, a.out_offset = a.x_offset + (a.has_dots ? 2 * pair : 0), a.taps_offset = common = a.out_offset + (gradient ? pair : 0);
+    a.line_bytes = tap_pairs(a.tiles) * 64;
     roles += a.has_dots ? a.tiles : 0, room = gradient ? 16 : 12;
   } else {
-    table = (size == 4 ? 3 : 1) * 8 * tap_pairs(a.tiles), room = resident_blocks(gradient, aligned, size) * 4;
+    common = (size == 4 ? 3 : 1) * 8 * tap_pairs(a.tiles), room = resident_blocks(gradient, aligned) * 4;
     if (!aligned) plane_lines = p.dilation == 1 && strips <= 8 ? 1 : ceil_div(strips, 4);
     for (;; ++plane_lines) {  // unaligned: lines as long as shared memory has room for
       line_strips = ceil_div(strips, plane_lines), a.line_columns = strip * line_strips;
       a.whole = !aligned && plane_lines == 1 && p.dilation == 1 && 2 * p.padding_w <= gap;
-      const auto pitch = [&](int64_t width) { return aligned ? aligned_pitch : a.whole ? width * size : a.line_columns * size + 16 + width * p.dilation * size % 16; };
-      const auto pair = [&](int64_t pitch) { return aligned ? step * pitch : round_up(step * pitch + 16, 16) + gap; };
+      a.alike = !a.whole ? 16 : (a.in_width | a.out_width) % 2 ? 64 : 128;
+      const auto pitch = [&](int64_t width) { return aligned ? strip_bytes : a.whole ? width * size : a.line_columns * size + 16 + width * p.dilation * size % 16; };
+      const auto pair = [&](int64_t pitch) { return aligned ? step * pitch : a.whole ? round_up(step * pitch, 128) + 128 + gap : round_up(step * pitch + 16, 16) + gap; };
       a.in_pitch = pitch(a.in_width), a.out_pitch = pitch(a.out_width), a.pair_bytes = pair(larger(a.in_pitch, a.out_pitch));
       a.x_offset = a.ring_pairs * a.pair_bytes + (aligned ? 0 : gap), a.dots_offset = a.x_offset + (a.has_dots ? pair(a.out_pitch) : 0);
       a.line_bytes = a.dots_offset + (a.has_dots ? a.tiles * 1024 * line_strips : 0);
-      if (line_strips == 1 || table + a.line_bytes <= device.shared_bytes) break;
+      if (line_strips == 1 || common + a.line_bytes <= device.shared_bytes) break;
     }
   }
   plane_lines = ceil_div(strips, line_strips);
   const int64_t lines = p.N * plane_lines;
   a.plane_lines = plane_lines, a.line_strips = line_strips, a.line_columns = strip * line_strips, a.row_granules = a.line_columns * size / 16, a.lines = lines;
   if (aligned && !last && a.has_dots && c.out && room * a.line_bytes > device.shared_per_multiprocessor) roles = 2;  // registers have room for more lines than shared memory
-  const auto shared = [&](int n) { return table + n * a.line_bytes; };
+  const auto shared = [&](int n) { return common + n * a.line_bytes; };
   const auto resident = [&](int n) { return smaller(room / (n * line_strips * roles), device.shared_per_multiprocessor / (shared(n) + 1024)); };
   // As many busy strips as registers and shared memory have room for; preferably 4 side by side, which read 512 bytes of a row (64 of a pixel
   // if channels_last).
@@ -2185,6 +2205,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
     if (busy > (last ? 2 : 1.1) * most) most = busy, a.sets = sets, a.groups = groups, a.side = side;
   }
   if (!(plan.applies = most > 0)) return plan;
+  a.pixel_granules = a.groups == 3 ? 4 : a.groups;
 
   // As few bands as keep the device busy: their first steps read rows of the band before. Costs are in quarters of a step.
   // More waves than needed: smaller blocks, which the device starts in the order of memory, share what they read of it.
@@ -2237,7 +2258,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   if (!plan.applies) return plan;
   a.step = p.stride_h, a.stride_w = p.stride_w;
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane;
-  const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T), 16) + 16; };
+  const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T), bulk_line<T>) + bulk_line<T>; };
   const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + smaller(Gradient ? ceil_div(rows + p.K - 1, p.stride_h) + (Strided ? 1 : 0) : (rows - 1) * p.stride_h + p.K, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
   // As many rows or planes as leave room for the blocks that registers have room for; planes up to 20 KB, by measurement.
@@ -2254,7 +2275,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   const int64_t bands = ceil_div(a.out_rows, band_rows), slices = ceil_div(p.C, planes);
   a.planes = planes, a.band_rows = band_rows, a.bands = bands, a.chunks = p.N * bands, a.slices = slices;
   while (planes << a.log2_tx < bulk_threads) ++a.log2_tx;
-  a.sums_at = round_up(sizeof(float) * planes * p.K, 16);
+  a.sums_at = round_up(sizeof(float) * planes * p.K, bulk_line<T>);
   a.slots_at = a.sums_at + sums;
   a.out_at = in_bytes(planes, band_rows), a.slot_bytes = slot_bytes(planes, band_rows);
   plan.shared = a.slots_at + larger(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
@@ -2360,6 +2381,7 @@ const char* launch(const Call& c) {
   const struct { bool holds; Attempt* attempt; } table[] = {
       {f64, walk_f64},
       {dense && last && !f64, by_type(low_f32, low_f16, low_bf16)},
+      {two_bytes && last && tiles(.33) && p.K > (back && H >= 96 ? 7 : 11), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
       {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H >= 24 : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
       {f32 && !last && p.K > 13 && (back ? tiles(.6) : H >= 64 && tiles(.9)), toeplitz_f32},
       {stretches && two_bytes && !aligned && p.K <= (p.H * p.W < 1024 ? 32 : p.W <= 256 ? 7 : 16), bulk},
