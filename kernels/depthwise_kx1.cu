@@ -663,7 +663,7 @@ struct Toeplitz : Pass {
   int band_steps, units, splits;         // unit: a band of `side` lines; a set's are dealt to `splits` blocks
   Divisor row_granules;                  // of 16 bytes, of a line's columns
   bool whole;                            // unaligned lines: all of a plane's columns, and rows follow one another
-  int alike;                             // unaligned rows lie in shared memory as they do in global memory modulo this many bytes
+  int modulus;                           // of unaligned rows' addresses in shared and global memory, which are congruent
   int in_pitch, out_pitch;               // of rows in shared memory, in bytes
   int pixel_granules;                    // of 16 bytes, from a pixel to the next in shared memory, in channels_last
   int ring_pairs, pair_bytes, x_offset, dots_offset, out_offset, taps_offset, line_bytes;  // of a line's shared memory, in channels_last a block's
@@ -771,7 +771,7 @@ __device__ void copy_pair(unsigned char* to, const char* from, int64_t row_bytes
   const auto copy = [&]<bool inside> {
 #pragma unroll
     for (int i = 0; i < 8; ++i, from += i % 2 ? rows * row_bytes : (8 - rows) * row_bytes) {
-      const int r = first + i % 2 * rows, row = r + i / 2 * 8;  // r < 8
+      const int r = first + i % 2 * rows, row = r + i / 2 * 8;  // r < 8, which the compiler does not know of `swizzled`
       unsigned char* const at = to + row * strip_bytes + (offset ^ r * 16);
       if (inside || (row >= lo && row < hi && offset < end)) copy_async(at, from, 16);
       else *reinterpret_cast<uint4*>(at) = make_uint4(0, 0, 0, 0);
@@ -797,7 +797,7 @@ template <bool whole, class F> __device__ void each_granule(const Toeplitz& a, i
 // Starts to copy 32 rows of an unaligned line; zeros for rows outside [lo, hi). Numbers at the ends of a plane or a tensor [begin, limit) are
 // copied one by one.
 __device__ void copy_line(const Toeplitz& a, unsigned char* to, int pitch, const char* from, int64_t row_bytes, int lo, int hi, const char* begin, const char* limit, int thread) {
-  const int skipped = reinterpret_cast<uintptr_t>(from) & (a.alike - 1);
+  const int skipped = reinterpret_cast<uintptr_t>(from) & (a.modulus - 1);
   to += skipped;
   const auto copy = [&]<bool whole, bool inside> {
     const auto one = [&](int row, int byte) {
@@ -828,7 +828,7 @@ __device__ void copy_line(const Toeplitz& a, unsigned char* to, int pitch, const
 
 // Stores `rows` rows of an unaligned line, bytes [begin, end) of each.
 __device__ void store_line(const Toeplitz& a, const unsigned char* from, int pitch, char* to, int64_t row_bytes, int rows, int begin, int end, int thread) {
-  const int skipped = reinterpret_cast<uintptr_t>(to) & (a.alike - 1);
+  const int skipped = reinterpret_cast<uintptr_t>(to) & (a.modulus - 1);
   from += skipped;
   if (a.whole) begin = 0, end = rows * pitch, rows = rows > 0;
   const auto ahead = [&](int row) { return -(row * pitch + skipped + begin) & 15; };  // of its first whole granule
@@ -957,7 +957,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   const auto first_out = [&](const Band& of) { return whole ? 0 : of.column; };
   const auto place_in = [&](const Band& of) { return in + place(of.n, a.in_plane, a.in_width, of.row + a.row_shift, first_in(of)); };
   const auto place_x = [&](const Band& of) { return x + place(of.n, a.out_plane, a.out_width, of.row, first_out(of)); };
-  const auto skipped = [&](const T* at) { return Aligned ? 0 : int(reinterpret_cast<uintptr_t>(at) & (a.alike - 1)); };
+  const auto skipped = [&](const T* at) { return Aligned ? 0 : int(reinterpret_cast<uintptr_t>(at) & (a.modulus - 1)); };
   const int lead = tiles / 2;  // pairs before the one that completes a step's
 
   // Copies the next pair of `in`, the `pair`-th of steps + lead of its unit, or the rows of x of the step that it completes. Where
@@ -1321,7 +1321,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
   const int vector = thread % (8 * strips), copied_row = thread / (8 * strips), copied_side = vector / a.groups / pixels;
   const int copied_pixel = vector / a.groups % pixels, copied_channel = set_channel + vector % a.groups * 8;
   const int first_copied = place(copied_row, (copied_side * pixels + copied_pixel) * stride + vector % a.groups);
-  const auto copied_at = [&](int i) { return (first_copied ^ i % 2 * (stride == 4 ? 32 : 64)) + 4 * i * pitch; };  // of row copied_row + 4 i
+  const auto copied_at = [&](int i) { return (first_copied ^ i % 2 * (stride == 4 ? 32 : 64)) + 4 * i * pitch; };  // of row copied_row + 4 i: `place` again, less work
 
   int unit = split - a.splits, pair = 0, pairs = 0, slot = 0;
   const auto next_block = [&](int block) { return block += 16 * pitch, block == ring_end ? 0 : block; };
@@ -1570,8 +1570,8 @@ __device__ void show_to_copy_engine() {
 }
 
 constexpr int bulk_threads = 256, bulk_slots = 2;
-// Places in global and in shared memory are alike modulo this many bytes. (128 saves accesses to L2, but not time for float.)
-template <class T> constexpr int bulk_line = sizeof(T) == 2 ? 128 : 16;
+// Of addresses in shared and global memory, which are congruent. (128 saves requests to L2; for float it is slower, by measurement.)
+template <class T> constexpr int bulk_modulus = sizeof(T) == 2 ? 128 : 16;
 // Blocks of a multiprocessor, by registers: from compute capability 10.0 on, one more would spill.
 constexpr int bulk_blocks(bool gradient) {
 #if __CUDA_ARCH__ >= 1000
@@ -1656,7 +1656,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     k.in_row = in_begin - (Strided && Gradient ? a.step.over(row) : in_first), k.in_rows = in_end - in_begin, k.out_rows = end - row;
     k.bias_row = row ? max(limit(row) - in_begin, 0) : 0, k.bias_rows = k.in_rows - k.bias_row;
     k.out_numbers = (planes - 1) * int(a.out_plane) + k.out_rows * a.out_width;
-    const auto skipped = [](const T* at) { return int(reinterpret_cast<uintptr_t>(at) % bulk_line<T> / sizeof(T)); };
+    const auto skipped = [](const T* at) { return int(reinterpret_cast<uintptr_t>(at) % bulk_modulus<T> / sizeof(T)); };
     k.in_skipped = skipped(in + in_at), k.out_skipped = skipped((Gradient && a.has_dots ? x : out) + k.out_at);
     described[slot] = k;
     unsigned char* const to = shared + a.slots_at + slot * a.slot_bytes;
@@ -2179,7 +2179,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
     for (;; ++plane_lines) {  // unaligned: lines as long as shared memory has room for
       line_strips = ceil_div(strips, plane_lines), a.line_columns = strip * line_strips;
       a.whole = !aligned && plane_lines == 1 && p.dilation == 1 && 2 * p.padding_w <= gap;
-      a.alike = !a.whole ? 16 : (a.in_width | a.out_width) % 2 ? 64 : 128;
+      a.modulus = !a.whole ? 16 : (a.in_width | a.out_width) % 2 ? 64 : 128;
       const auto pitch = [&](int64_t width) { return aligned ? strip_bytes : a.whole ? width * size : a.line_columns * size + 16 + width * p.dilation * size % 16; };
       const auto pair = [&](int64_t pitch) { return aligned ? step * pitch : a.whole ? round_up(step * pitch, 128) + 128 + gap : round_up(step * pitch + 16, 16) + gap; };
       a.in_pitch = pitch(a.in_width), a.out_pitch = pitch(a.out_width), a.pair_bytes = pair(larger(a.in_pitch, a.out_pitch));
@@ -2258,7 +2258,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   if (!plan.applies) return plan;
   a.step = p.stride_h, a.stride_w = p.stride_w;
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane;
-  const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T), bulk_line<T>) + bulk_line<T>; };
+  const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T), bulk_modulus<T>) + bulk_modulus<T>; };
   const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + smaller(Gradient ? ceil_div(rows + p.K - 1, p.stride_h) + (Strided ? 1 : 0) : (rows - 1) * p.stride_h + p.K, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
   // As many rows or planes as leave room for the blocks that registers have room for; planes up to 20 KB, by measurement.
@@ -2275,7 +2275,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   const int64_t bands = ceil_div(a.out_rows, band_rows), slices = ceil_div(p.C, planes);
   a.planes = planes, a.band_rows = band_rows, a.bands = bands, a.chunks = p.N * bands, a.slices = slices;
   while (planes << a.log2_tx < bulk_threads) ++a.log2_tx;
-  a.sums_at = round_up(sizeof(float) * planes * p.K, bulk_line<T>);
+  a.sums_at = round_up(sizeof(float) * planes * p.K, bulk_modulus<T>);
   a.slots_at = a.sums_at + sums;
   a.out_at = in_bytes(planes, band_rows), a.slot_bytes = slot_bytes(planes, band_rows);
   plan.shared = a.slots_at + larger(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
