@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
                                             const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ out,
                                             Sum<T>* __restrict__ partial) {
   constexpr int Vw = ChannelsLast ? V : 1;  // distinct weights in a vector
-  extern __shared__ __align__(16) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char shared[];
   const int tx = 1 << a.log2_tx, lane = threadIdx.x & (tx - 1), lines_per_tile = blockDim.x >> a.log2_tx;
   const int K = int(a.p.K), stride = int(a.p.stride_h), dilation = int(a.p.dilation);
   int slice, tile_column, c;
@@ -385,7 +385,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
 #if __CUDA_ARCH__ >= 800
   constexpr int bytes = sizeof(T) * V, slots = march_slots<M>, slot_bytes = march_threads * bytes * (Gradient ? 2 : 1);
   constexpr int optional = M == 3 ? 2 : M == 7 ? 3 : M == 11 ? 3 : 9;
-  extern __shared__ __align__(16) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char shared[];
   const int K = a.K, d = a.dilation.divisor;
   int tile, band, c;
   const int split = a.bands(a.tiles(blockIdx.x, tile), band), first_column = tile * march_threads * V;
@@ -541,7 +541,7 @@ __global__ void __launch_bounds__(low_threads, low_blocks)
 low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
     T* __restrict__ out, float* __restrict__ partial) {
   constexpr int R = low_rows, warps = low_threads / 32;
-  extern __shared__ __align__(16) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char shared[];
   const int K = a.K, first_tap = R / 2 + a.row_shift;  // row r of out meets row r + m - R / 2 of in by tap m - first_tap
   int slice;
   const int split = a.slices(blockIdx.x, slice), first_channel = slice * 32 * V, c = first_channel + threadIdx.x % 32 * V;
