@@ -308,6 +308,58 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
   }
 }
 
+// `walk` forward for M taps at stride 1, a line for each thread: rows stay packed, as loaded, until their turn, and a sum lives for one row of
+// out, so that registers have room for more rows on their way, and fewer are read twice. Registers: R + M - 1 packed rows, M of numbers.
+template <class T, int V, int R, int M, bool ChannelsLast>
+__global__ void __launch_bounds__(128, M == 3 ? 6 : 4)
+slide(const __grid_constant__ Walk a, const T* __restrict__ in, const T*, const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ out, float*) {
+  constexpr int Vw = ChannelsLast ? V : 1;
+  const int tx = 1 << a.log2_tx;
+  int tile_column, c, group, row = 0;
+  const int line = a.column_tiles(blockIdx.x, tile_column) * (blockDim.x >> a.log2_tx) + (threadIdx.x >> a.log2_tx), plane = a.groups(line, group);
+  const int column = (tile_column * tx + (threadIdx.x & (tx - 1))) * V, in_column = column + a.column_shift * int(a.pixel.divisor);
+  if (line >= a.lines || column >= a.out_columns) return;
+  if (a.out_step.divisor > 1) row = a.groups_per_residue(group, group);
+  row += group * R * int(a.out_step.divisor);
+  const int in_row = row + a.row_shift, rows = a.out_step.steps(a.out_rows - row);
+  const uint32_t in_stride = a.in_columns * a.in_step.divisor, out_stride = a.out_columns * a.out_step.divisor;
+  const uint32_t valid = in_column >= 0 && in_column < a.in_columns ? bits(a.in_step.steps(-in_row), min(a.in_step.steps(a.in_rows - in_row), R + M - 1)) : 0;
+  const T* const from = in + (plane * a.in_plane + int64_t(in_row) * int(a.in_columns) + in_column);
+  T* const to = out + (plane * a.out_plane + int64_t(row) * int(a.out_columns) + column);
+  if (ChannelsLast) a.pixel(column, c);
+  else a.channels(plane, c);
+  const auto make = [&]<bool guarded> {
+    Packed<T, V> raw[R + M - 1];
+    uint32_t at = 0;
+#pragma unroll
+    for (int t = 0; t < R + M - 1; ++t, at += in_stride) raw[t] = !guarded || valid >> t & 1 ? load<V>(from + at) : Packed<T, V>{};
+    Packed<T, Vw> taps[M];  // of a channel, then of the next
+#pragma unroll
+    for (int m = 0; m < M; ++m) taps[m] = load<Vw>(weight + (c * M + m * Vw));
+    float initial[Vw], window[M][V];
+#pragma unroll
+    for (int v = 0; v < Vw; ++v) initial[v] = bias ? widen(bias[c + v]) : 0;
+    at = 0;
+#pragma unroll
+    for (int t = 0; t < R + M - 1; ++t) {
+      unpack(window[t % M], raw[t]);
+      if (t < M - 1) continue;
+      float acc[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) acc[v] = initial[v % Vw];
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        if (guarded && !(valid >> (t - M + 1 + m) & 1)) continue;  // left out, not multiplied by zero, for weight may be infinite
+#pragma unroll
+        for (int v = 0; v < V; ++v) acc[v] += widen(taps[(v % Vw * M + m) / Vw].at[(v % Vw * M + m) % Vw]) * window[(t + 1 + m) % M][v];
+      }
+      if (!guarded || t - M + 1 < rows) store<V>(to + at, pack<T, V>(acc));
+      at += out_stride;
+    }
+  };
+  valid == ~0u >> (33 - R - M) && rows >= R ? make.template operator()<false>() : make.template operator()<true>();
+}
+
 // Bytes from global to shared memory, of which `count` count, the others are zeros; asynchronous from compute capability 8.0 on.
 template <int bytes = 16> __device__ void copy_async(void* to, const void* from, int count) {
 #if __CUDA_ARCH__ >= 800
@@ -384,7 +436,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
       const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
 #if __CUDA_ARCH__ >= 800
   constexpr int bytes = sizeof(T) * V, slots = march_slots<M>, slot_bytes = march_threads * bytes * (Gradient ? 2 : 1);
-  constexpr int optional = M == 3 ? 2 : M == 7 ? 3 : M == 11 ? 3 : 9;
+  constexpr int optional = M == 3 ? 2 : M == 7 ? 3 : M == 11 ? 3 : 9, chains = V == 1 ? 2 : 1;  // a single sum's products would wait for one another
   extern __shared__ __align__(128) unsigned char shared[];
   const int K = a.K, d = a.dilation.divisor;
   int tile, band, c;
@@ -472,19 +524,20 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
           for (int v = 0; v < V; ++v) bias_sum[v] += window[u][v];
         }
         if (i >= K - 1) {
-          float acc[V];
+          float acc[chains][V];
 #pragma unroll
-          for (int v = 0; v < V; ++v) acc[v] = initial[v];
+          for (int i = 0; i < chains * V; ++i) acc[i / V][i % V] = i < V ? initial[i] : 0;
 #pragma unroll
           for (int m = 0; m < M; ++m) {
             if (m < optional && m < M - K) continue;
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              acc[v] += taps[m][v] * window[(u + 1 + m) % M][v];
+              acc[m % chains][v] += taps[m][v] * window[(u + 1 + m) % M][v];
               if (Gradient) dots[m][v] += own[v] * window[(u + 1 + m) % M][v];
             }
           }
-          if (owned && out) store<V>(to, pack<T, V>(acc));
+          if (chains > 1) acc[0][0] += acc[chains - 1][0];
+          if (owned && out) store<V>(to, pack<T, V>(acc[0]));
           to += out_step;
         }
         if (++i == steps) break;
@@ -2003,12 +2056,12 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<W
   const int64_t groups_per_residue = ceil_div(ceil_div(rows, out_step), R), groups = smaller(out_step, rows) * groups_per_residue;
   a.plane_step = Gradient && !ChannelsLast ? p.C : 1;
   const int64_t lines = planes / a.plane_step * groups, widest = larger(p.W, p.W_out) * a.pixel.divisor;
-  plan.applies = all_below(1 << 30, lines, p.H + 2 * p.padding_h, planes, widest) && widest * larger(in_step, out_step) * (R + 8) < 1ll << 32;
+  plan.applies = all_below(1 << 30, lines, p.H + 2 * p.padding_h, planes, widest) && widest * larger(in_step, out_step) * (R + 10) < 1ll << 32;
   if (!plan.applies) return plan;
   a.groups_per_residue = groups_per_residue, a.groups = groups, a.lines = lines;
 
   const int64_t most = current_device().shared_bytes;
-  while (a.log2_tx < (V == 1 && sizeof(T) > 2 ? 6 : 5) && (1 << a.log2_tx) < vectors) ++a.log2_tx;
+  while (a.log2_tx < ((V == 1 ? sizeof(T) > 2 : M == 3 && !Gradient) ? 6 : 5) && (1 << a.log2_tx) < vectors) ++a.log2_tx;
   const bool staged = ChannelsLast && c.weight;
   while (staged && a.log2_tx && (p.K * sizeof(T) * V << a.log2_tx) > most / 4) --a.log2_tx;
   const size_t weights = staged ? round_up(p.K * sizeof(T) * V << a.log2_tx, 16) : 0;
@@ -2022,7 +2075,7 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<W
   a.column_tiles = column_tiles, a.slices = slices;
   // The device starts blocks in the order of memory: of short ones, neighbours read the rows they share at the same time, and L2 has them.
   // But each reads its weights, if channels_last, and adds up its sums, if Gradient.
-  if (!Gradient && (!ChannelsLast || (M == 3 && sizeof(T) == 4))) {
+  if constexpr (!Gradient && (!ChannelsLast || M == 3)) {
     a.splits = ceil_div(tiles, ceil_div(tiles * slices, (ChannelsLast || V == 8 ? 128 : 256) * current_device().multiprocessors));
   } else {
     int resident = 1;
@@ -2057,6 +2110,21 @@ template <class T, int V, int M, bool ChannelsLast, bool Gradient> Outcome walk_
     a.has_bias_sum = false, c.out = nullptr, c.grad_bias = nullptr, a.dot_begin += at_once;
   } while (a.dot_begin < dots);
   return nullptr;
+}
+
+template <class T, int M, bool ChannelsLast> Outcome slide_by(const Call& c) {
+  constexpr int V = 16 / sizeof(T), R = M == 3 ? sizeof(T) == 4 ? 6 : 5 : sizeof(T) == 4 ? 8 : 7;
+  Plan<Walk> plan = walk_plan<T, V, R, 3, ChannelsLast, false>(c);
+  if (!plan.applies || (ChannelsLast && (c.p.C % V || reinterpret_cast<uintptr_t>(c.weight) % 16))) return {};
+  plan.threads = 128, plan.blocks = plan.a.column_tiles.divisor * ceil_div(plan.a.lines, plan.threads >> plan.a.log2_tx), plan.shared = 0;
+  return run<T>(slide<T, V, R, M, ChannelsLast>, plan, c, nullptr);
+}
+
+template <class T> Outcome launch_slide(const Call& c) {
+  const bool last = c.p.channels_last;
+  if (c.p.K == 3) return (last ? slide_by<T, 3, true> : slide_by<T, 3, false>)(c);
+  if constexpr (sizeof(T) == 4) return slide_by<T, 11, false>(c);
+  else return (last ? slide_by<T, 5, true> : slide_by<T, 5, false>)(c);
 }
 
 template <class T, int V, int M> Outcome launch_walk(const Call& c) {
@@ -2223,7 +2291,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
     }
   }
   // With work enough, blocks of a single short band come closer to the order of memory and to the speed of a copy.
-  const int64_t few = steps > a.tiles / 2 + 2 ? a.tiles / 2 + 1 : steps, bands = ceil_div(steps, few);
+  const int64_t even = a.tiles / 2 * 2, few = steps > even + 1 ? even : steps, bands = ceil_div(steps, few);
   if (!gradient && aligned && !last && size == 2 && residues == 1 && a.tiles < 6 && a.out_rows >= step && a.sets * sides * bands >= 4 * blocks)
     a.bands = bands, a.band_steps = few, a.units = a.splits = sides * bands;
   plan.blocks = int64_t(a.sets) * a.splits, plan.threads = 32 * at_once * line_strips * roles, plan.shared = shared(at_once);
@@ -2311,7 +2379,7 @@ template <class T> Outcome launch_bulk(const Call& c) {
 
 // Launchers by type; walk_3: up to 3 taps, vectors of 16 bytes; walk_4: vectors of 4 numbers.
 using Attempt = Outcome(const Call&);
-Attempt low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
+Attempt slide_f32, slide_f16, slide_bf16, low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
     walk_3_f32, walk_3_f16, walk_3_bf16, walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
 // ---- end of what is compiled with each of the following parts, side by side ----
 
@@ -2381,13 +2449,14 @@ const char* launch(const Call& c) {
   const struct { bool holds; Attempt* attempt; } table[] = {
       {f64, walk_f64},
       {dense && last && !f64, by_type(low_f32, low_f16, low_bf16)},
+      {stretches && f32 && !back && aligned && dense && p.K > 8 && p.H * p.W >= 1024 && p.H * p.W < 3584, bulk},
+      {aligned && dense && !back && !f64 && (p.K == 3 || (two_bytes ? p.K == 5 : p.K == 11 && !last)), by_type(slide_f32, slide_f16, slide_bf16)},
       {two_bytes && last && tiles(.33) && p.K > (back && H >= 96 ? 7 : 11), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
       {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H >= 24 : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
       {f32 && !last && p.K > 13 && (back ? tiles(.6) : H >= 64 && tiles(.9)), toeplitz_f32},
       {stretches && two_bytes && !aligned && p.K <= (p.H * p.W < 1024 ? 32 : p.W <= 256 ? 7 : 16), bulk},
       {stretches && two_bytes && back && p.K <= 3, bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
-      {stretches && f32 && !back && aligned && dense && p.K > 8 && p.H * p.W >= 1024 && p.H * p.W < 3584, bulk},
       {stretches && f32 && !back && dense && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
       {f32 && !last && p.K > 21 && tiles(.33), toeplitz_f32},
       {two_bytes && last && tiles(.33) && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
@@ -2408,16 +2477,19 @@ Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
 Outcome bulk_f16(const Call& c) { return launch_bulk<f16>(c); }
 // ---- end of a part ----
 Outcome low_f32(const Call& c) { return c.transposed ? low_by<float, true>(c) : low_by<float, false>(c); }
+Outcome slide_f32(const Call& c) { return launch_slide<float>(c); }
 Outcome walk_3_f32(const Call& c) { return launch_walk<float, 4, 3>(c); }
 Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4, 7>(c); }
 Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1, 7>(c); }
 // ---- end of a part ----
 Outcome low_f16(const Call& c) { return c.transposed ? low_by<f16, true>(c) : low_by<f16, false>(c); }
+Outcome slide_f16(const Call& c) { return launch_slide<f16>(c); }
 Outcome walk_3_f16(const Call& c) { return launch_walk<f16, 8, 3>(c); }
 Outcome walk_4_f16(const Call& c) { return launch_walk<f16, 4, 7>(c); }
 Outcome walk_1_f16(const Call& c) { return launch_walk<f16, 1, 7>(c); }
 // ---- end of a part ----
 Outcome low_bf16(const Call& c) { return c.transposed ? low_by<bf16, true>(c) : low_by<bf16, false>(c); }
+Outcome slide_bf16(const Call& c) { return launch_slide<bf16>(c); }
 Outcome walk_3_bf16(const Call& c) { return launch_walk<bf16, 8, 3>(c); }
 Outcome walk_4_bf16(const Call& c) { return launch_walk<bf16, 4, 7>(c); }
 Outcome walk_1_bf16(const Call& c) { return launch_walk<bf16, 1, 7>(c); }
