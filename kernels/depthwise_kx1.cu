@@ -25,6 +25,11 @@ template <class T, int V> struct alignas(sizeof(T) * V) Packed { T at[V]; };
 template <int V, class T> __device__ Packed<T, V> load(const T* p) { return *reinterpret_cast<const Packed<T, V>*>(p); }
 template <int V, class T> __device__ void store(T* p, const Packed<T, V>& v) { *reinterpret_cast<Packed<T, V>*>(p) = v; }
 
+// 16 bytes at once: the compiler would split some of these.
+__device__ void store_16(void* to, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // 16-bit numbers are converted in pairs.
 struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };
@@ -308,56 +313,94 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
   }
 }
 
-// `walk` forward for M taps at stride 1, a line for each thread: rows stay packed, as loaded, until their turn, and a sum lives for one row of
-// out, so that registers have room for more rows on their way, and fewer are read twice. Registers: R + M - 1 packed rows, M of numbers.
-template <class T, int V, int R, int M, bool ChannelsLast>
-__global__ void __launch_bounds__(128, M == 3 ? 6 : 4)
-slide(const __grid_constant__ Walk a, const T* __restrict__ in, const T*, const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ out, float*) {
+// `walk` for M taps at stride 1: rows stay packed, as loaded, until their turn, and a sum lives for one row of out, so that registers have
+// room for more rows on their way, and fewer are read twice. Registers: R + M - 1 packed rows of in, R of x, M of numbers, and if Gradient the
+// sums of x * grad_output for each tap, and of grad_output.
+constexpr int slide_rows(int size, int M, bool gradient) { return gradient ? size + 2 : (M == 3 ? 4 : 6) + size / 2; }
+constexpr int slide_blocks(int size, int M, bool gradient) { return gradient ? size == 2 ? 5 : 4 : M == 3 ? 6 : 4; }  // of a multiprocessor, by registers
+template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient>
+__global__ void __launch_bounds__(128, slide_blocks(sizeof(T), M, Gradient))
+slide(const __grid_constant__ Walk a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
+      T* __restrict__ out, float* __restrict__ partial) {
   constexpr int Vw = ChannelsLast ? V : 1;
-  const int tx = 1 << a.log2_tx;
-  int tile_column, c, group, row = 0;
-  const int line = a.column_tiles(blockIdx.x, tile_column) * (blockDim.x >> a.log2_tx) + (threadIdx.x >> a.log2_tx), plane = a.groups(line, group);
-  const int column = (tile_column * tx + (threadIdx.x & (tx - 1))) * V, in_column = column + a.column_shift * int(a.pixel.divisor);
-  if (line >= a.lines || column >= a.out_columns) return;
-  if (a.out_step.divisor > 1) row = a.groups_per_residue(group, group);
-  row += group * R * int(a.out_step.divisor);
-  const int in_row = row + a.row_shift, rows = a.out_step.steps(a.out_rows - row);
-  const uint32_t in_stride = a.in_columns * a.in_step.divisor, out_stride = a.out_columns * a.out_step.divisor;
-  const uint32_t valid = in_column >= 0 && in_column < a.in_columns ? bits(a.in_step.steps(-in_row), min(a.in_step.steps(a.in_rows - in_row), R + M - 1)) : 0;
-  const T* const from = in + (plane * a.in_plane + int64_t(in_row) * int(a.in_columns) + in_column);
-  T* const to = out + (plane * a.out_plane + int64_t(row) * int(a.out_columns) + column);
-  if (ChannelsLast) a.pixel(column, c);
-  else a.channels(plane, c);
-  const auto make = [&]<bool guarded> {
-    Packed<T, V> raw[R + M - 1];
-    uint32_t at = 0;
+  const int tx = 1 << a.log2_tx, lines_per_tile = blockDim.x >> a.log2_tx, d = a.out_step.divisor, padding = int(a.p.padding_w) * a.pixel.divisor;
+  int slice, tile_column, c;
+  const int split = a.slices(blockIdx.x, slice), first_plane = a.column_tiles(slice, tile_column);
+  const int column = a.pixel_begin + (tile_column * tx + (threadIdx.x & (tx - 1))) * V, in_column = column - (Gradient ? 0 : padding), out_column = column - (Gradient ? padding : 0);
+  const bool owned = out_column >= 0 && out_column < int(a.out_columns), reached = in_column >= 0 && in_column < int(a.in_columns);
+  const uint32_t in_stride = a.in_columns * d, out_stride = a.out_columns * d, all_in = ~0u >> (33 - R - M), all_out = ~0u >> (32 - R);
+  float dots[M] = {}, bias_sum = 0;
+  for (int line = split * lines_per_tile + (threadIdx.x >> a.log2_tx); line < a.lines; line += a.splits * lines_per_tile) {
+    int group, row = a.row_begin;
+    const int plane = a.groups(line, group) * a.plane_step + first_plane;
+    if (d > 1) row += a.groups_per_residue(group, group);
+    row += group * R * d;
+    const int in_row = row + a.row_shift;
+    const uint32_t valid = reached ? bits(a.in_step.steps(-in_row), a.in_step.steps(a.in_rows - in_row)) & all_in : 0;
+    const uint32_t mine = owned ? bits(a.out_step.steps(-row), a.out_step.steps(a.out_rows - row)) & all_out : 0;
+    const T* const from = in + (plane * a.in_plane + int64_t(in_row) * int(a.in_columns) + in_column);
+    const int64_t out_at = plane * a.out_plane + int64_t(row) * int(a.out_columns) + out_column;
+    ChannelsLast ? a.pixel(column, c) : a.channels(plane, c);
+    const auto make = [&]<bool guarded> {
+      Packed<T, V> raw[R + M - 1], own_raw[R];
+      uint32_t at = 0;
 #pragma unroll
-    for (int t = 0; t < R + M - 1; ++t, at += in_stride) raw[t] = !guarded || valid >> t & 1 ? load<V>(from + at) : Packed<T, V>{};
-    Packed<T, Vw> taps[M];  // of a channel, then of the next
+      for (int t = 0; t < R + M - 1; ++t, at += in_stride) raw[t] = !guarded || valid >> t & 1 ? load<V>(from + at) : Packed<T, V>{};
+      at = 0;
 #pragma unroll
-    for (int m = 0; m < M; ++m) taps[m] = load<Vw>(weight + (c * M + m * Vw));
-    float initial[Vw], window[M][V];
+      for (int r = 0; r < R; ++r, at += out_stride)
+        if (Gradient) own_raw[r] = a.has_dots && (!guarded || mine >> r & 1) ? load<V>(x + (out_at + at)) : Packed<T, V>{};
+      Packed<T, Vw> taps[M];  // of a channel, then of the next
 #pragma unroll
-    for (int v = 0; v < Vw; ++v) initial[v] = bias ? widen(bias[c + v]) : 0;
-    at = 0;
+      for (int m = 0; m < M; ++m) taps[m] = !Gradient || weight ? load<Vw>(weight + (c * M + m * Vw)) : Packed<T, Vw>{};
+      float initial[Vw], window[M][V];
 #pragma unroll
-    for (int t = 0; t < R + M - 1; ++t) {
-      unpack(window[t % M], raw[t]);
-      if (t < M - 1) continue;
-      float acc[V];
+      for (int v = 0; v < Vw; ++v) initial[v] = !Gradient && bias ? widen(bias[c + v]) : 0;
+      at = 0;
 #pragma unroll
-      for (int v = 0; v < V; ++v) acc[v] = initial[v % Vw];
+      for (int t = 0; t < R + M - 1; ++t) {
+        unpack(window[t % M], raw[t]);
+        const int r = t - M + 1;
+        if (r < 0) continue;
+        float acc[V], own[V];
+        if (Gradient) unpack(own, own_raw[r]);
 #pragma unroll
-      for (int m = 0; m < M; ++m) {
-        if (guarded && !(valid >> (t - M + 1 + m) & 1)) continue;  // left out, not multiplied by zero, for weight may be infinite
+        for (int v = 0; v < V; ++v) acc[v] = initial[v % Vw], bias_sum += Gradient ? window[t % M][v] : 0;  // every row meets the last of these taps once
 #pragma unroll
-        for (int v = 0; v < V; ++v) acc[v] += widen(taps[(v % Vw * M + m) / Vw].at[(v % Vw * M + m) % Vw]) * window[(t + 1 + m) % M][v];
+        for (int m = 0; m < M; ++m) {
+          if (guarded && !(valid >> (r + m) & 1)) continue;  // left out, not multiplied by zero, for weight or x may be infinite
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            const int tap = v % Vw * M + (Gradient ? M - 1 - m : m);
+            acc[v] += widen(taps[tap / Vw].at[tap % Vw]) * window[(t + 1 + m) % M][v];
+            if (Gradient && (!guarded || mine >> r & 1)) dots[m] += own[v] * window[(t + 1 + m) % M][v];
+          }
+        }
+        if ((!Gradient || out) && (!guarded || mine >> r & 1)) {
+          const Packed<T, V> packed = pack<T, V>(acc);
+          store_16(out + (out_at + at), reinterpret_cast<const uint4&>(packed));
+        }
+        at += out_stride;
       }
-      if (!guarded || t - M + 1 < rows) store<V>(to + at, pack<T, V>(acc));
-      at += out_stride;
+    };
+    valid == all_in && mine == all_out ? make.template operator()<false>() : make.template operator()<true>();
+    if (!Gradient) break;
+  }
+  if (Gradient && partial) {  // over the block's threads, in fixed order
+    __shared__ float sums[M + 1][4];
+#pragma unroll
+    for (int m = 0; m <= M; ++m) {
+      float sum = m < M ? dots[m] : bias_sum;
+      for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+      if (threadIdx.x % 32 == 0) sums[m][threadIdx.x / 32] = sum;
     }
-  };
-  valid == ~0u >> (33 - R - M) && rows >= R ? make.template operator()<false>() : make.template operator()<true>();
+    __syncthreads();
+    const int n = a.dot_end, k = threadIdx.x;  // n: of M, or none
+    if (k <= n) {
+      const float (&of)[4] = sums[k == n ? M : M - 1 - k];
+      partial[(int64_t(first_plane) * a.blocks + tile_column * a.splits + split) * (n + 1) + k] = of[0] + of[1] + (of[2] + of[3]);
+    }
+  }
 }
 
 // Bytes from global to shared memory, of which `count` count, the others are zeros; asynchronous from compute capability 8.0 on.
@@ -809,11 +852,6 @@ __device__ void load_fragments(uint32_t (&to)[4], const unsigned char* from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(uint32_t(__cvta_generic_to_shared(from))) : "memory");
 #endif
-}
-
-// 16 bytes at once: the compiler would split some of these.
-__device__ void store_16(void* to, uint4 v) {
-  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // Starts to copy 32 rows of aligned strips, `row_bytes` apart; zeros for rows outside [lo, hi) and to the right of byte `end` of a row.
@@ -2040,7 +2078,8 @@ const char* run(void (*kernel)(A, const T*, const T*, const T*, const T*, T*, Su
   return add_up(c, plan.sums, partial);
 }
 
-template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<Walk> walk_plan(const Call& c) {
+template <class T> using WalkKernel = void(Walk, const T*, const T*, const T*, const T*, T*, Sum<T>*);
+template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<Walk> walk_plan(const Call& c, WalkKernel<T>* kernel) {
   const Problem& p = c.p;
   const int64_t s = p.stride_h, d = p.dilation, g = std::gcd(s, d);
   Plan<Walk> plan{{make_pass(c)}};
@@ -2075,12 +2114,12 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<W
   a.column_tiles = column_tiles, a.slices = slices;
   // The device starts blocks in the order of memory: of short ones, neighbours read the rows they share at the same time, and L2 has them.
   // But each reads its weights, if channels_last, and adds up its sums, if Gradient.
-  if constexpr (!Gradient && (!ChannelsLast || M == 3)) {
+  if (!Gradient && (!ChannelsLast || M == 3)) {
     a.splits = ceil_div(tiles, ceil_div(tiles * slices, (ChannelsLast || V == 8 ? 128 : 256) * current_device().multiprocessors));
   } else {
     int resident = 1;
-    allow(walk<T, V, R, M, ChannelsLast, Gradient>, plan.shared);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, walk<T, V, R, M, ChannelsLast, Gradient>, plan.threads, plan.shared);
+    allow(kernel, plan.shared);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.threads, plan.shared);
     a.splits = deal(slices, tiles, resident, Gradient ? 4 : 0);
     if (Gradient && !ChannelsLast) a.splits = smaller(a.splits * (p.K < 16 ? 64 / (p.K + 1) : 1), tiles);
   }
@@ -2099,7 +2138,7 @@ constexpr int walk_rows(int size, int V, int M, bool channels_last, bool gradien
 
 template <class T, int V, int M, bool ChannelsLast, bool Gradient> Outcome walk_by(Call c) {
   constexpr int R = walk_rows(sizeof(T), V, M, ChannelsLast, Gradient);
-  Plan<Walk> plan = walk_plan<T, V, R, M, ChannelsLast, Gradient>(c);
+  Plan<Walk> plan = walk_plan<T, V, R, M, ChannelsLast, Gradient>(c, walk<T, V, R, M, ChannelsLast, Gradient>);
   Walk& a = plan.a;
   if (!plan.applies) return "more than 2^30 planes or rows, or rows too wide, for 32-bit indices";
   Sum<T>* const partial = make_room<T>(plan, c);
@@ -2112,19 +2151,26 @@ template <class T, int V, int M, bool ChannelsLast, bool Gradient> Outcome walk_
   return nullptr;
 }
 
-template <class T, int M, bool ChannelsLast> Outcome slide_by(const Call& c) {
-  constexpr int V = 16 / sizeof(T), R = M == 3 ? sizeof(T) == 4 ? 6 : 5 : sizeof(T) == 4 ? 8 : 7;
-  Plan<Walk> plan = walk_plan<T, V, R, 3, ChannelsLast, false>(c);
+template <class T, int M, bool ChannelsLast, bool Gradient = false> Outcome slide_by(const Call& c) {
+  constexpr int V = 16 / sizeof(T), R = slide_rows(sizeof(T), M, Gradient);
+  WalkKernel<T>* const kernel = slide<T, V, R, M, ChannelsLast, Gradient>;
+  Plan<Walk> plan = walk_plan<T, V, R, 3, ChannelsLast, Gradient>(c, kernel);
   if (!plan.applies || (ChannelsLast && (c.p.C % V || reinterpret_cast<uintptr_t>(c.weight) % 16))) return {};
-  plan.threads = 128, plan.blocks = plan.a.column_tiles.divisor * ceil_div(plan.a.lines, plan.threads >> plan.a.log2_tx), plan.shared = 0;
-  return run<T>(slide<T, V, R, M, ChannelsLast>, plan, c, nullptr);
+  if (!Gradient) plan.a.splits = ceil_div(plan.a.lines, 128 >> plan.a.log2_tx), plan.blocks = plan.a.slices.divisor * plan.a.splits;  // a line for each thread
+  plan.threads = 128, plan.shared = 0;
+  return run<T>(kernel, plan, c, make_room<T>(plan, c));
 }
 
 template <class T> Outcome launch_slide(const Call& c) {
   const bool last = c.p.channels_last;
-  if (c.p.K == 3) return (last ? slide_by<T, 3, true> : slide_by<T, 3, false>)(c);
-  if constexpr (sizeof(T) == 4) return slide_by<T, 11, false>(c);
-  else return (last ? slide_by<T, 5, true> : slide_by<T, 5, false>)(c);
+  if constexpr (sizeof(T) == 4) {
+    if (c.transposed) return (c.p.K == 7 ? slide_by<T, 7, false, true> : slide_by<T, 11, false, true>)(c);
+    if (c.p.K == 11) return slide_by<T, 11, false>(c);
+  } else {
+    if (c.transposed) return slide_by<T, 3, false, true>(c);
+    if (c.p.K == 5) return (last ? slide_by<T, 5, true> : slide_by<T, 5, false>)(c);
+  }
+  return (last ? slide_by<T, 3, true> : slide_by<T, 3, false>)(c);
 }
 
 template <class T, int V, int M> Outcome launch_walk(const Call& c) {
@@ -2455,8 +2501,8 @@ const char* launch(const Call& c) {
       {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H >= 24 : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
       {f32 && !last && p.K > 13 && (back ? tiles(.6) : H >= 64 && tiles(.9)), toeplitz_f32},
       {stretches && two_bytes && !aligned && p.K <= (p.H * p.W < 1024 ? 32 : p.W <= 256 ? 7 : 16), bulk},
-      {stretches && two_bytes && back && p.K <= 3, bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
+      {aligned && dense && !last && back && (f32 ? p.K == 7 || p.K == 11 : p.K == 3), by_type(slide_f32, slide_f16, slide_bf16)},
       {stretches && f32 && !back && dense && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
       {f32 && !last && p.K > 21 && tiles(.33), toeplitz_f32},
       {two_bytes && last && tiles(.33) && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
