@@ -141,6 +141,8 @@ CASES = [Case(*row) for row in [
    + [Case(f"K={K}, aligned", (1, 2, 72, 64), K, 1, (K // 2, 0), 1, False) for K in (16, 17, 18, 31, 33, 63, 64, 65, 128)] \
    + [Case(f"K={K}, 1024 numbers in a row", (2, 64, 45, 16), K, 1, (K // 2, 0), 1, K % 2 == 0) for K in (*range(1, 13), 21, 22, 31)] \
    + [Case(f"bands, dilation {d}", (3, 24, 117, 24), K, 1, (K * d // 2, 2), (d, 1), True) for K, d in ((3, 1), (6, 2), (11, 3))] \
+   + [Case(f"{H} rows, padding in W of 16, K={K}, dilation {d}", (2, 3, H, 40), K, 1, (K * d // 2, 16), d, True)
+      for H in (70, 203) for K, d in ((3, 1), (3, 2), (5, 1), (7, 3), (11, 1))] \
    + [Case("shared memory of nearly 48 KB", (1, 24, 200, 56), 4, 1, 2, 1, True)] \
    + [Case(f"W={W}, K={K}, dilation {d}", (2, 3, 90, W), K, 1, (K * d // 2, padding), d, K % 2 == 0)
       for W, K, padding, d in ((251, 31, 0, 1), (300, 18, 3, 1), (601, 20, 0, 1), (125, 10, 1, 3), (499, 190, 0, 1))] \
@@ -337,9 +339,10 @@ def views(device):
 @on("cpu", "cuda")
 def only_the_gradients_asked_for(device):
     """With weights in either layout."""
-    case = Case("some gradients", (2, 8, 33, 18), 5, 1, (2, 1), 1, True)
+    cases = [Case("some gradients", shape, K, 1, padding, 1, True)
+             for shape, K, padding in (((2, 8, 33, 18), 5, (2, 1)), ((1, 2, 200, 16), 3, (1, 8)), ((1, 2, 70, 16), 7, (3, 8)))]
     subsets = [subset for n in (1, 2, 3) for subset in itertools.combinations(GRADIENTS, n)]
-    no_failures([f"{subset}, weight {weights}: {w}" for subset in subsets for dtype in DTYPES for layout in LAYOUTS for weights in LAYOUTS
+    no_failures([f"{subset}, weight {weights}: {w}" for case in cases for subset in subsets for dtype in DTYPES for layout in LAYOUTS for weights in LAYOUTS
                  for w in compare(case, dtype, device, dense(layout), subset, LAYOUTS[weights])])
 
 
@@ -365,7 +368,7 @@ def inf_and_nan(device, dtype):
     """They reach just the outputs and gradients whose taps touch them; padding adds nothing, whatever the weight."""
     shape = 2, 8, 40, 48
     geometries = ((shape, 3, 1, 1, 1), (shape, 4, (3, 2), (2, 3), 2), (shape, 21, 1, (10, 0), 1), (shape, 33, 1, (16, 0), 1),
-                  ((2, 136, 7, 5), 5, 1, (2, 0), 1))
+                  ((2, 136, 7, 5), 5, 1, (2, 0), 1), *(((2, 8, 200, 48), K, 1, (K // 2, 0), 1) for K in (3, 5, 7)))
     wrong = []
     for geometry, value, where, layout in itertools.product(geometries, (math.inf, -math.inf, math.nan), ("x", "weight"), LAYOUTS):
         case = Case(f"{value} in {where}", *geometry, True)

@@ -313,11 +313,17 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
   }
 }
 
+// R of `slide`, and blocks of a multiprocessor, by measurement.
+constexpr int slide_rows(int size, int M, bool gradient) { return gradient ? size + 2 : size == 2 ? M + 2 : M == 5 || M == 7 ? 5 : 6; }
+constexpr int slide_blocks(int size, int M, bool gradient) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if (gradient && M == 11) return 3;  // 4 would spill
+#endif
+  return gradient ? size == 2 ? 5 : 4 : M == 3 ? 6 : size == 4 && M < 11 ? 5 : 4;
+}
 // `walk` for M taps at stride 1: rows stay packed, as loaded, until their turn, and a sum lives for one row of out, so that registers have
 // room for more rows on their way, and fewer are read twice. Registers: R + M - 1 packed rows of in, R of x, M of numbers, and if Gradient the
 // sums of x * grad_output for each tap, and of grad_output.
-constexpr int slide_rows(int size, int M, bool gradient) { return gradient ? size + 2 : (M == 3 ? 4 : 6) + size / 2; }
-constexpr int slide_blocks(int size, int M, bool gradient) { return gradient ? size == 2 ? 5 : 4 : M == 3 ? 6 : 4; }  // of a multiprocessor, by registers
 template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient>
 __global__ void __launch_bounds__(128, slide_blocks(sizeof(T), M, Gradient))
 slide(const __grid_constant__ Walk a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
@@ -2166,6 +2172,8 @@ template <class T> Outcome launch_slide(const Call& c) {
   if constexpr (sizeof(T) == 4) {
     if (c.transposed) return (c.p.K == 7 ? slide_by<T, 7, false, true> : slide_by<T, 11, false, true>)(c);
     if (c.p.K == 11) return slide_by<T, 11, false>(c);
+    if (c.p.K == 7) return (last ? slide_by<T, 7, true> : slide_by<T, 7, false>)(c);
+    if (c.p.K == 5) return slide_by<T, 5, true>(c);
   } else {
     if (c.transposed) return slide_by<T, 3, false, true>(c);
     if (c.p.K == 5) return (last ? slide_by<T, 5, true> : slide_by<T, 5, false>)(c);
@@ -2479,7 +2487,7 @@ const char* add_up(const Call& c, const Sums& s, const void* partial) {
   return (type == Type::f64 ? reduce_by<double> : type == Type::f32 ? reduce_by<float> : type == Type::f16 ? reduce_by<f16> : reduce_by<bf16>)(c, s, partial);
 }
 
-// The choice of kernel: the first row that holds and whose kernel can. Where each pays is by measurement, on an H100.
+// The choice of kernel: the first row that holds and whose kernel can. Where each pays is by measurement, on an H100 and an H200.
 const char* launch(const Call& c) {
   const Problem& p = c.p;
   const bool f64 = p.type == Type::f64, f32 = p.type == Type::f32, two_bytes = !f64 && !f32, last = p.channels_last, back = c.transposed;
@@ -2491,18 +2499,20 @@ const char* launch(const Call& c) {
   const auto tiles = [&](double part) { return capability >= 8 && dense && p.W * H > part * (round_up(p.W, strip) * round_up(H, step)); };
 
   const auto by_type = [&](Attempt* of_f32, Attempt* of_f16, Attempt* of_bf16) { return f32 ? of_f32 : p.type == Type::f16 ? of_f16 : of_bf16; };
-  Attempt* const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16);
+  Attempt *const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16), *const slide = by_type(slide_f32, slide_f16, slide_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
       {f64, walk_f64},
       {dense && last && !f64, by_type(low_f32, low_f16, low_bf16)},
       {stretches && f32 && !back && aligned && dense && p.K > 8 && p.H * p.W >= 1024 && p.H * p.W < 3584, bulk},
-      {aligned && dense && !back && !f64 && (p.K == 3 || (two_bytes ? p.K == 5 : p.K == 11 && !last)), by_type(slide_f32, slide_f16, slide_bf16)},
+      {aligned && dense && last && !back && (p.K == 3 || p.K == 5 || (f32 && p.K == 7 && H >= 24)), slide},
+      {aligned && dense && !last && !back && (f32 ? H >= 64 && (p.K == 3 || p.K == 7 || p.K == 11) : p.K == 3 || (p.K == 5 && (H >= 192 || !tiles(.33)))), slide},
       {two_bytes && last && tiles(.33) && p.K > (back && H >= 96 ? 7 : 11), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
       {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H >= 24 : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
       {f32 && !last && p.K > 13 && (back ? tiles(.6) : H >= 64 && tiles(.9)), toeplitz_f32},
       {stretches && two_bytes && !aligned && p.K <= (p.H * p.W < 1024 ? 32 : p.W <= 256 ? 7 : 16), bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
-      {aligned && dense && !last && back && (f32 ? p.K == 7 || p.K == 11 : p.K == 3), by_type(slide_f32, slide_f16, slide_bf16)},
+      {aligned && dense && !last && back && (f32 ? H >= 64 && (p.K == 7 || p.K == 11) : H >= 192 && p.K == 3), slide},
+      {stretches && two_bytes && back && p.K <= 3, bulk},
       {stretches && f32 && !back && dense && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
       {f32 && !last && p.K > 21 && tiles(.33), toeplitz_f32},
       {two_bytes && last && tiles(.33) && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
