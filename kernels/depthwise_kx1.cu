@@ -2084,6 +2084,7 @@ const char* run(void (*kernel)(A, const T*, const T*, const T*, const T*, T*, Su
   return add_up(c, plan.sums, partial);
 }
 
+// Of `walk`, and with M = 0 of `slide`.
 template <class T> using WalkKernel = void(Walk, const T*, const T*, const T*, const T*, T*, Sum<T>*);
 template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<Walk> walk_plan(const Call& c, WalkKernel<T>* kernel) {
   const Problem& p = c.p;
@@ -2106,7 +2107,7 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<W
   a.groups_per_residue = groups_per_residue, a.groups = groups, a.lines = lines;
 
   const int64_t most = current_device().shared_bytes;
-  while (a.log2_tx < ((V == 1 ? sizeof(T) > 2 : M == 3 && !Gradient) ? 6 : 5) && (1 << a.log2_tx) < vectors) ++a.log2_tx;
+  while (a.log2_tx < ((V == 1 ? sizeof(T) > 2 : M == 0 && !Gradient) ? 6 : 5) && (1 << a.log2_tx) < vectors) ++a.log2_tx;
   const bool staged = ChannelsLast && c.weight;
   while (staged && a.log2_tx && (p.K * sizeof(T) * V << a.log2_tx) > most / 4) --a.log2_tx;
   const size_t weights = staged ? round_up(p.K * sizeof(T) * V << a.log2_tx, 16) : 0;
@@ -2120,7 +2121,7 @@ template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<W
   a.column_tiles = column_tiles, a.slices = slices;
   // The device starts blocks in the order of memory: of short ones, neighbours read the rows they share at the same time, and L2 has them.
   // But each reads its weights, if channels_last, and adds up its sums, if Gradient.
-  if (!Gradient && (!ChannelsLast || M == 3)) {
+  if (!Gradient && (!ChannelsLast || (M == 3 && sizeof(T) == 4))) {
     a.splits = ceil_div(tiles, ceil_div(tiles * slices, (ChannelsLast || V == 8 ? 128 : 256) * current_device().multiprocessors));
   } else {
     int resident = 1;
@@ -2160,7 +2161,7 @@ template <class T, int V, int M, bool ChannelsLast, bool Gradient> Outcome walk_
 template <class T, int M, bool ChannelsLast, bool Gradient = false> Outcome slide_by(const Call& c) {
   constexpr int V = 16 / sizeof(T), R = slide_rows(sizeof(T), M, Gradient);
   WalkKernel<T>* const kernel = slide<T, V, R, M, ChannelsLast, Gradient>;
-  Plan<Walk> plan = walk_plan<T, V, R, 3, ChannelsLast, Gradient>(c, kernel);
+  Plan<Walk> plan = walk_plan<T, V, R, 0, ChannelsLast, Gradient>(c, kernel);
   if (!plan.applies || (ChannelsLast && (c.p.C % V || reinterpret_cast<uintptr_t>(c.weight) % 16))) return {};
   if (!Gradient) plan.a.splits = ceil_div(plan.a.lines, 128 >> plan.a.log2_tx), plan.blocks = plan.a.slices.divisor * plan.a.splits;  // a line for each thread
   plan.threads = 128, plan.shared = 0;
