@@ -117,6 +117,7 @@ CASES = [Case(*row) for row in [
     ("low planes, many taps",      (2, 3, 5, 211),     15, 1,     (7, 0),  1,       True),
     ("low planes, more taps",      (1, 2, 2, 2377),    35, 1,     (17, 0), 1,       True),
     ("small planes, many taps",    (3, 5, 28, 27),     27, 1,     (13, 0), 1,       True),
+    ("small aligned planes",       (3, 5, 24, 16),     21, 1,     (10, 0), 1,       True),
     ("131 rows, 21 taps",          (1, 24, 131, 8),    21, 1,     (10, 0), 1,       True),
     ("bands of odd rows",          (2, 3, 333, 51),    5, 1,      (2, 0),  1,       True),
     ("bands, padded",              (2, 3, 100, 130),   12, 1,     (5, 1),  1,       True),
