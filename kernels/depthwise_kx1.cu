@@ -2405,7 +2405,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
   if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
   // As in `walk`, short blocks where there are many chunks.
-  constexpr int brief = !Gradient ? 2 : Strided ? 4 : 3;  // chunks
+  constexpr int brief = !Gradient ? 4 : Strided ? 6 : 5;  // chunks
   const bool many = a.chunks * slices > brief * brief * blocks * device.multiprocessors && a.slot_bytes > 20 << 10;
   a.splits = many ? ceil_div(a.chunks, brief) : deal(slices, a.chunks, blocks, 2);
   plan.blocks = slices * a.splits, plan.threads = bulk_threads;
