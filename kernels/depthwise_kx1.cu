@@ -321,6 +321,7 @@ constexpr int slide_blocks(int size, int M, bool gradient) {
 #endif
   return gradient ? size == 2 ? 5 : 4 : M == 3 ? 6 : size == 4 && M < 11 ? 5 : 4;
 }
+
 // `walk` for M taps at stride 1: rows stay packed, as loaded, until their turn, and a sum lives for one row of out, so that registers have
 // room for more rows on their way, and fewer are read twice. Registers: R + M - 1 packed rows of in, R of x, M of numbers, and if Gradient the
 // sums of x * grad_output for each tap, and of grad_output.
