@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
 }
 
 // R of `slide`, and blocks of a multiprocessor, by measurement.
-constexpr int slide_rows(int size, int M, bool gradient) { return gradient ? size + 2 : size == 2 ? M + 2 : M == 5 || M == 7 ? 5 : 6; }
+constexpr int slide_rows(int size, int M, bool gradient) { return gradient ? size == 2 ? 4 : 6 : size == 2 ? M == 3 ? 5 : 7 : M == 5 || M == 7 ? 5 : 6; }
 constexpr int slide_blocks(int size, int M, bool gradient) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   if (gradient && M == 11) return 3;  // 4 would spill
@@ -391,7 +391,7 @@ slide(const __grid_constant__ Walk a, const T* __restrict__ in, const T* __restr
       }
     };
     valid == all_in && mine == all_out ? make.template operator()<false>() : make.template operator()<true>();
-    if (!Gradient) break;
+    if (!Gradient) break;  // a thread has one line: a loop would need more registers
   }
   if (Gradient && partial) {  // over the block's threads, in fixed order
     __shared__ float sums[M + 1][4];
