@@ -118,6 +118,15 @@ CASES = [Case(*row) for row in [
     ("low planes, more taps",      (1, 2, 2, 2377),    35, 1,     (17, 0), 1,       True),
     ("small planes, many taps",    (3, 5, 28, 27),     27, 1,     (13, 0), 1,       True),
     ("small aligned planes",       (3, 5, 24, 16),     21, 1,     (10, 0), 1,       True),
+    ("16 rows, 9 channels",        (9, 9, 16, 16),     4, 1,      (2, 0),  1,       True),
+    ("14 rows, 99 channels",       (40, 99, 14, 5),    7, 1,      (3, 0),  1,       True),
+    ("13 rows, 11 taps",           (5, 20, 13, 9),     11, 1,     (5, 0),  1,       True),
+    ("10 rows, valid",             (5, 20, 10, 9),     3, 1,      0,       1,       True),
+    ("12 rows, padding of 4",      (5, 20, 12, 8),     5, 1,      (4, 0),  1,       True),
+    ("20 rows, padding in W",      (300, 3, 20, 12),   5, 1,      (1, 3),  1,       True),
+    ("20 rows, padding of W alone", (30, 3, 20, 12),   3, 1,      (0, 1),  1,       True),
+    ("many images, 16 rows",       (1700, 2, 16, 4),   5, 1,      (2, 0),  1,       True),
+    ("many images, 14 rows",       (2100, 2, 14, 3),   5, 1,      (2, 0),  1,       True),
     ("131 rows, 21 taps",          (1, 24, 131, 8),    21, 1,     (10, 0), 1,       True),
     ("bands of odd rows",          (2, 3, 333, 51),    5, 1,      (2, 0),  1,       True),
     ("bands, padded",              (2, 3, 100, 130),   12, 1,     (5, 1),  1,       True),
@@ -144,6 +153,7 @@ CASES = [Case(*row) for row in [
    + [Case(f"bands, dilation {d}", (3, 24, 117, 24), K, 1, (K * d // 2, 2), (d, 1), True) for K, d in ((3, 1), (6, 2), (11, 3))] \
    + [Case(f"{H} rows, padding in W of 16, K={K}, dilation {d}", (2, 3, H, 40), K, 1, (K * d // 2, 16), d, True)
       for H in (70, 203) for K, d in ((3, 1), (3, 2), (5, 1), (7, 3), (11, 1))] \
+   + [Case(f"{H} x {H}, K={K}", (11, 5, H, H), K, 1, (K // 2, 0), 1, K == 7) for H in (28, 40, 56) for K in (3, 7, 11)] \
    + [Case("shared memory of nearly 48 KB", (1, 24, 200, 56), 4, 1, 2, 1, True)] \
    + [Case(f"W={W}, K={K}, dilation {d}", (2, 3, 90, W), K, 1, (K * d // 2, padding), d, K % 2 == 0)
       for W, K, padding, d in ((251, 31, 0, 1), (300, 18, 3, 1), (601, 20, 0, 1), (125, 10, 1, 3), (499, 190, 0, 1))] \
@@ -341,7 +351,7 @@ def views(device):
 def only_the_gradients_asked_for(device):
     """With weights in either layout."""
     cases = [Case("some gradients", shape, K, 1, padding, 1, True)
-             for shape, K, padding in (((2, 8, 33, 18), 5, (2, 1)), ((1, 2, 200, 16), 3, (1, 8)), ((1, 2, 70, 16), 7, (3, 8)))]
+             for shape, K, padding in (((2, 8, 33, 18), 5, (2, 1)), ((3, 5, 14, 9), 7, (3, 0)), ((3, 5, 28, 16), 5, (2, 1)), ((1, 2, 200, 16), 3, (1, 8)), ((1, 2, 70, 16), 7, (3, 8)))]
     subsets = [subset for n in (1, 2, 3) for subset in itertools.combinations(GRADIENTS, n)]
     no_failures([f"{subset}, weight {weights}: {w}" for case in cases for subset in subsets for dtype in DTYPES for layout in LAYOUTS for weights in LAYOUTS
                  for w in compare(case, dtype, device, dense(layout), subset, LAYOUTS[weights])])
@@ -350,7 +360,7 @@ def only_the_gradients_asked_for(device):
 @on("cpu", "cuda")
 def long_weight_gradient(device):
     """Sums over millions of terms lose nothing."""
-    cases = [Case(f"{N} x 512 x 512 terms, K={K}", (N, 1, 512, 512), K, 1, (K // 2, 0), 1, True) for N, K in ((64, 3), (8, 31))]
+    cases = [Case(f"{N} x {H} x {H} terms, K={K}", (N, 1, H, H), K, 1, (K // 2, 0), 1, True) for N, H, K in ((64, 512, 3), (8, 512, 31), (30000, 14, 7))]
     no_failures([w for case in cases for dtype in (torch.float32, torch.bfloat16)
                  for w in compare(case, dtype, device, dense("contiguous"), ["weight", "bias"])])
 
@@ -369,7 +379,8 @@ def inf_and_nan(device, dtype):
     """They reach just the outputs and gradients whose taps touch them; padding adds nothing, whatever the weight."""
     shape = 2, 8, 40, 48
     geometries = ((shape, 3, 1, 1, 1), (shape, 4, (3, 2), (2, 3), 2), (shape, 21, 1, (10, 0), 1), (shape, 33, 1, (16, 0), 1),
-                  ((2, 136, 7, 5), 5, 1, (2, 0), 1), *(((2, 8, 200, 48), K, 1, (K // 2, 0), 1) for K in (3, 5, 7)))
+                  ((2, 136, 7, 5), 5, 1, (2, 0), 1), ((2, 8, 14, 12), 5, 1, (2, 0), 1), ((2, 8, 28, 16), 11, 1, (5, 3), 1),
+                  ((2, 8, 24, 16), 18, 1, (9, 0), 1), *(((2, 8, 200, 48), K, 1, (K // 2, 0), 1) for K in (3, 5, 7)))
     wrong = []
     for geometry, value, where, layout in itertools.product(geometries, (math.inf, -math.inf, math.nan), ("x", "weight"), LAYOUTS):
         case = Case(f"{value} in {where}", *geometry, True)
@@ -1203,7 +1214,7 @@ def random_case():
         for i in random.sample(range(4), 4):
             shape[i] = random_size(min(budget / math.prod(shape), 5000))
         N, C, H, W = shape
-        H = random.choice([H] * 9 + [7])  # which has a kernel of its own
+        H = random.choice([H] * 9 + [7, 14, 28])  # which have kernels of their own
         H = H if padding == "same" else max(H, d * (K - 1) + 1 - 2 * p)
         N = random.choice([N] * 99 + [0])
         if max(1, N) * C * max(H * W, ((H + 2 * p) // s + 1) * ((W + 2 * pw) // sw + 1)) < 2**22:

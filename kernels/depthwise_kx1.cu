@@ -1711,13 +1711,21 @@ template <class T> __device__ void load_numbers(T* to, const T* from, int skippe
   if (whole) bulk_load(to, from, whole * sizeof(T), barrier);
 }
 
+// A warp starts to copy n numbers, which `skipped` others precede; those short of 16 bytes at the ends directly.
+template <class T> __device__ void store_numbers(T* to, const T* from, int skipped, int n, int lane) {
+  constexpr int granule = 16 / sizeof(T);
+  const int first = min(n, -skipped & (granule - 1)), last = n - (n - first) % granule, at = lane < first ? lane : lane + last - first;
+  if (at < n) to[at] = from[at];
+  __syncwarp();
+  if (lane == 0 && last > first) bulk_store(to + first, from + first, (last - first) * sizeof(T));
+}
+
 // For contiguous planes at dilation 1 whose rows do not line up with 16 bytes or are short, or with strides: rows that follow one another are
 // one stretch of memory, which is copied to and from shared memory 16 bytes at a time whatever the rows' width. Forward: out is y, in
 // is x. Transposed (input gradient): out is grad_input, in is grad_output, taps are reversed. Reads in (and x if Gradient) once but for
 // rows that two bands share, writes out once, and a block's sums of x * grad_output for each tap and of grad_output (`partial`).
-// While a block works on a chunk, the next is under way. A thread makes R rows of a column of its plane at once, by M taps at a time;
-// M = 0: planes of up to R rows, each row of in with each of out. Strided: which rows and taps meet is as in `walk`; transposed, a thread
-// also writes the zeros of the columns up to the next that in reaches. Rows beyond the plane are multiplied as zeros, for to leave them
+// While a block works on a chunk, the next is under way. A thread makes R rows of a column of its plane at once, by M taps at a time.
+// Strided: which rows and taps meet is as in `walk`; transposed, a thread also writes the zeros of the columns up to the next that in reaches. Rows beyond the plane are multiplied as zeros, for to leave them
 // out costs more than the products; where an infinity or NaN may make that wrong, sums are made anew from the definition.
 // Registers: R sums, R + M - 1 rows of in, R of x, M weight gradients. Shared memory: the taps, weight gradients beyond M, and slots of a
 // stretch of in and one of out, where x lies before.
@@ -1765,10 +1773,9 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
 
   for (int i = threadIdx.x; i < planes * K; i += bulk_threads) taps[i] = weight ? widen(weight[int64_t(first_channel) * K + (a.reversed ? i / K * K + K - 1 - i % K : i)]) : 0;
   constexpr int in_registers = Strided ? 0 : M;  // weight gradients
-  if (Gradient && M)
+  if (Gradient)
     for (int i = in_registers; i < K; ++i) sums[(i - in_registers) * bulk_threads] = 0;
-  constexpr int held = M ? M : 2 * R - 1;
-  float dots[held] = {}, near[held], bias_sum = 0, taps_sum = 0;  // near: for M = 0, the tap by which row i meets row r, at i - r + R - 1
+  float dots[M] = {}, bias_sum = 0, taps_sum = 0;
   const auto finite = [](float sum) { return sum - sum == 0; };
   for (int turn = 1 - bulk_slots; split + turn * a.splits < a.chunks; ++turn) {
     if (leads) {
@@ -1782,11 +1789,6 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
       __syncthreads();
 #pragma unroll 1
       for (int i = 0; i < K; ++i) taps_sum += taps[plane * K + i];
-#pragma unroll
-      for (int i = 0; i < held; ++i) {
-        const int k = i - (R - 1) - a.row_shift;
-        if (M == 0) near[i] = k >= 0 && k < K ? taps[plane * K + k] : 0;
-      }
       continue;
     }
     const int slot = turn % bulk_slots;
@@ -1798,7 +1800,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
 #pragma unroll 1
     for (int item = plane < planes ? lane : a.items; item < a.items; item += tx) {
       int w = item, group = 0, residue = 0, tap = 0, tap_count = K;
-      if (M) group = a.columns(item, w);
+      group = a.columns(item, w);
       if (Strided && Gradient) group = a.step(group, residue);
       const int stride = Strided ? int(a.step.divisor) : 1, in_step = Gradient ? 1 : stride, out_step = Gradient ? stride : 1;
       const int row = group * R * out_step + residue, rows_here = Strided && Gradient ? a.step.steps(out_rows - row) : out_rows - row;
@@ -1815,7 +1817,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
       const T* const first_from = in_slot + (plane * int(a.in_plane) + first_row * W + in_w);
       T* const to = out_slot + (plane * int(a.out_plane) + row * W_out + w);
       const int in_pitch = W * in_step, out_pitch = W_out * out_step;
-      float acc[R], own[R], rows[M ? R + M - 1 : R];
+      float acc[R], own[R], rows[R + M - 1];
 #pragma unroll
       for (int r = 0; r < R; ++r) acc[r] = initial;
       const auto define = [&] {
@@ -1830,44 +1832,6 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
           to[r * out_pitch] = narrow<T>(sum);
         }
       };
-      if constexpr (M == 0) {
-        const T* const from = first_from - first_row * W;
-        const auto make = [&]<bool inside> {  // inside: R rows
-          float sum = taps_sum;
-          const T *in_at = from, *x_at = to;
-#pragma unroll
-          for (int i = 0; i < R; ++i, in_at += W, x_at += W_out) {
-            sum += rows[i] = inside || (reached && i < in_rows) ? widen(*in_at) : 0;
-            if (Gradient) sum += own[i] = a.has_dots && (inside || i < out_rows) ? widen(*x_at) : 0;
-          }
-          if (!finite(sum)) return false;
-#pragma unroll
-          for (int i = 0; i < R; ++i)
-#pragma unroll
-            for (int r = 0; r < R; ++r) {
-              acc[r] += near[i - r + R - 1] * rows[i];
-              if (Gradient) dots[i - r + R - 1] += own[r] * rows[i];
-            }
-          if (out) {
-            T* out_at = to;
-#pragma unroll
-            for (int r = 0; r < R; ++r, out_at += W_out)
-              if (inside || r < out_rows) *out_at = narrow<T>(acc[r]);
-          }
-          return true;
-        };
-        if (reached && in_rows == R && out_rows == R ? make.template operator()<true>() : make.template operator()<false>()) continue;
-        if (Gradient && reached) {
-#pragma unroll
-          for (int n = 0; n < held; ++n) {
-            float dot = 0;
-#pragma unroll 1
-            for (int r = max(R - 1 - n, 0); r < min(out_rows, in_rows + R - 1 - n); ++r) dot += widen(to[r * W_out]) * widen(from[(r + n - (R - 1)) * W]);
-            dots[n] += dot;
-          }
-        }
-        if (out) define();
-      } else {
       const auto make = [&]<bool inside> {  // inside: all rows lie in the plane
         const uint32_t mine = bits(0, rows_left);
         if (Gradient) {
@@ -1940,21 +1904,12 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
       };
       if (reached && first_row >= 0 && first_row + (R - 1) * in_step + tap_count <= in_rows && rows_left >= R) make.template operator()<true>();
       else make.template operator()<false>();
-      }
     }
     if (Gradient && a.has_bias_sum && plane < planes)
       for (int i = lane; i < k.bias_rows * W; i += tx) bias_sum += widen(in_slot[plane * int(a.in_plane) + k.bias_row * W + i]);
     if (out) show_to_copy_engine();
     __syncthreads();
-    if (out && manages) {
-      constexpr int granule = 16 / sizeof(T);
-      T* const to = out + k.out_at;
-      const int n = k.out_numbers, first = min(n, -k.out_skipped & (granule - 1)), last = n - (n - first) % granule, i = threadIdx.x % 32;
-      const int at = i < first ? i : i + last - first;  // what is left at the ends
-      if (at < n) to[at] = out_slot[at];
-      __syncwarp();
-      if (leads && last > first) bulk_store(to + first, out_slot + first, (last - first) * sizeof(T));
-    }
+    if (out && manages) store_numbers(out + k.out_at, out_slot, k.out_skipped, k.out_numbers, threadIdx.x % 32);
   }
   if (leads) await_stores_read();  // before the block gives up its shared memory or uses it otherwise
   if (Gradient && partial) {  // over the threads of a plane, in fixed order
@@ -1963,22 +1918,173 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     const int width = min(tx, 32);
     const auto put = [&](int k, float sum) {
       for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-      if (lane % width == 0) all[k * bulk_threads + threadIdx.x] = sum;
+      if ((lane & (width - 1)) == 0) all[k * bulk_threads + threadIdx.x] = sum;
     };
 #pragma unroll
-    for (int m = 0; m < held; ++m) {
-      const int k = M ? m : m - (R - 1) - a.row_shift;
-      if (k >= 0 && k < (M ? min(in_registers, K) : K)) put(k, dots[m]);
-    }
-    for (int k = M ? in_registers : 0; k < K; ++k) {  // of M = 0 those that meet no row
-      if (M || uint32_t(k + R - 1 + a.row_shift) >= uint32_t(held)) put(k, M ? sums[(k - in_registers) * bulk_threads] : 0);
-    }
+    for (int m = 0; m < in_registers; ++m)
+      if (m < K) put(m, dots[m]);
+    for (int k = in_registers; k < K; ++k) put(k, sums[(k - in_registers) * bulk_threads]);
     put(K, bias_sum);
     __syncthreads();
     for (int i = lane; i <= K && plane < planes; i += tx) {
       float sum = 0;
       for (int t = 0; t < tx; t += width) sum += all[i * bulk_threads + plane * tx + t];
       partial[(int64_t(first_channel + plane) * a.blocks + split) * (K + 1) + (i == K ? K : K - 1 - i)] = sum;
+    }
+  }
+#endif
+}
+
+struct Planes : Pass {
+  int64_t in_numbers, out_numbers;    // of all planes
+  int planes, splits;                 // planes of a chunk, of neighbouring channels; blocks to which the images are dealt
+  Divisor slices, threads, columns;   // slices: of `planes` channels; threads of a plane; columns of out
+  int gap;                            // if Gaps: numbers before and after each plane of in in shared memory that are zeros
+  int slots, slot_bytes, out_at;      // in shared memory: slots of a chunk; bytes of each, numbers before out in it
+};
+
+constexpr int planes_threads = 256, planes_slots = 3;
+// Blocks of a multiprocessor, by registers.
+constexpr int planes_blocks(bool gradient, int M) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return (gradient ? 2 : 3) - (M > 20 && gradient ? 0 : M > 20);
+#else
+  return (gradient ? 3 : 4) - (M > 20);
+#endif
+}
+
+// As `bulk`, for planes that shared memory holds whole, at stride 1: no row is guarded. With Gaps, planes of in are copied one by one to places
+// with zeros between them, which taps beyond a plane meet; else planes have up to R rows, and row i of in meets row r of out where
+// |i - r| <= M / 2. A thread makes R rows of a column, of the same in each chunk, by M taps at once; the last warp copies.
+// Where an infinity or NaN meets a zero, out is made anew from the definition, and the gradient of the weight by `reduce`.
+// Registers: R sums, R of x, M taps and their gradients. Shared memory: slots of planes of in and of out, where x lies before.
+template <class T, int R, int M, bool Gaps, bool Gradient>
+__global__ void __launch_bounds__(planes_threads, planes_blocks(Gradient, M))
+planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
+       T* __restrict__ out, float* __restrict__ partial) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ uint64_t barriers[planes_slots];
+  const int K = a.K, W = a.in_width, W_out = a.out_width, in_pitch = int(a.in_plane) + a.gap, first_tap = Gaps ? 0 : -(M / 2) - a.row_shift;
+  int slice, thread, w;
+  const int split = a.slices(blockIdx.x, slice), first_channel = slice * a.planes, planes = min(a.planes, a.C - first_channel);
+  const int plane = a.threads(threadIdx.x, thread), row = a.columns(thread, w) * R, in_w = w + a.column_shift, copier = threadIdx.x - (blockDim.x - 32);
+  const bool works = copier < 0 && plane < planes, reached = in_w >= 0 && in_w < W;
+  const auto slot_at = [&](int slot) { return reinterpret_cast<T*>(shared + slot * a.slot_bytes); };
+  const auto skipped = [](const T* at) { return int(reinterpret_cast<uintptr_t>(at) % bulk_modulus<T> / sizeof(T)); };
+  const auto tap = [&](int k) { return widen(weight[(first_channel + plane) * K + (a.reversed ? K - 1 - k : k)]); };
+  const auto load_chunk = [&](int n, int slot) {
+    if (n >= a.p.N) return;
+    const int64_t first_plane = int64_t(n) * a.C + first_channel;
+    const T *const from = in + first_plane * a.in_plane, *const from_x = x + first_plane * a.out_plane;
+    T* const to = slot_at(slot);
+    for (int i = copier; Gaps && i < planes; i += 32)
+      bulk_load(to + a.gap + i * in_pitch, from + i * a.in_plane, int(a.in_plane) * sizeof(T), barriers + slot);
+    if (!Gaps && copier == 0) load_numbers(to, from, skipped(from), planes * int(a.in_plane), in + a.in_numbers, barriers + slot);
+    if (Gradient && a.has_dots && copier == 0) load_numbers(to + a.out_at, from_x, skipped(from_x), planes * int(a.out_plane), x + a.out_numbers, barriers + slot);
+    __syncwarp();
+    if (copier == 0) arrive(barriers + slot);
+  };
+  if (copier >= 0) {
+    if (copier == 0)
+      for (int i = 0; i < a.slots; ++i) begin_barrier(barriers + i);
+    __syncwarp();
+    for (int i = 0; i < a.slots; ++i) load_chunk(split + i * a.splits, i);
+  }
+  for (int i = 0; Gaps && i < a.slots; ++i)
+    for (int k = 0; k <= planes; ++k)
+      for (int j = threadIdx.x * (16 / sizeof(T)); j < a.gap; j += blockDim.x * (16 / sizeof(T))) *reinterpret_cast<uint4*>(slot_at(i) + k * in_pitch + j) = {};
+  float taps[M], dots[M] = {}, bias_sum = 0;
+#pragma unroll
+  for (int m = 0; m < M; ++m) taps[m] = works && weight && uint32_t(m + first_tap) < uint32_t(K) ? tap(m + first_tap) : 0;
+  const float initial = !Gradient && works && bias ? widen(bias[first_channel + plane]) : 0;
+  __syncthreads();
+
+  int slot = 0, phase = 0;
+#pragma unroll 1
+  for (int n = split; n < a.p.N; n += a.splits) {
+    const int64_t first_plane = int64_t(n) * a.C + first_channel;
+    const T* const in_slot = slot_at(slot) + (Gaps ? a.gap : skipped(in + first_plane * a.in_plane));
+    const int out_skipped = skipped((Gradient && a.has_dots ? x : out) + first_plane * a.out_plane);
+    T* const out_slot = slot_at(slot) + a.out_at + out_skipped;
+    if (copier >= 0 && n != split) {
+      if (copier == 0) await_stores_read();
+      __syncwarp();
+      load_chunk(n + (a.slots - 1) * a.splits, slot ? slot - 1 : a.slots - 1);
+    }
+    if (works) {
+      await(barriers + slot, phase);
+      // Where no column of in is reached, a zero is, again and again.
+      const T* const from = in_slot + (Gaps && !reached ? -1 : plane * in_pitch + (Gaps ? row + a.row_shift : 0) * W + in_w);
+      T* const to = out_slot + (plane * int(a.out_plane) + row * W_out + w);
+      const int pitch = Gaps && !reached ? 0 : W, out_rows = a.out_rows - row, in_rows = reached ? a.in_rows : 0;
+      const auto make = [&]<bool full> {  // full: R rows
+        float acc[R], own[R], sum = 0;
+        const T* at = to;
+#pragma unroll
+        for (int r = 0; r < R; ++r, at += W_out) {
+          acc[r] = initial;
+          if (Gradient) own[r] = a.has_dots && (full || r < out_rows) ? widen(*at) : 0;
+        }
+        at = from;
+#pragma unroll
+        for (int t = Gaps ? 0 : M / 2; t < R + (Gaps ? M - 1 : M / 2); ++t, at += pitch) {
+          const float number = Gaps || full || t - M / 2 < in_rows ? widen(*at) : 0;
+#pragma unroll
+          for (int m = 0; m < M; ++m) {
+            const int r = t - m;
+            if (r < 0 || r >= R) continue;
+            acc[r] += taps[m] * number;
+            if (Gradient) dots[m] += own[r] * number;
+          }
+        }
+        if (!out) return;
+#pragma unroll
+        for (int r = 0; r < R; ++r) sum += acc[r];
+        if (sum - sum != 0) {
+#pragma unroll 1
+          for (int r = 0; r < min(R, out_rows); ++r) {
+            sum = initial;
+#pragma unroll 1
+            for (int k = 0; k < K; ++k) {
+              const int i = row + r + k + a.row_shift;
+              if (reached && i >= 0 && i < a.in_rows) sum += tap(k) * widen(in_slot[plane * in_pitch + i * W + in_w]);
+            }
+            to[r * W_out] = narrow<T>(sum);
+          }
+          return;
+        }
+        T* put = to;
+#pragma unroll
+        for (int r = 0; r < R; ++r, put += W_out)
+          if (full || r < out_rows) *put = narrow<T>(acc[r]);
+      };
+      out_rows >= R && (Gaps || in_rows >= R) ? make.template operator()<true>() : make.template operator()<false>();
+      if (Gradient && a.has_bias_sum)
+        for (int i = thread; i < a.in_plane; i += a.threads.divisor) bias_sum += widen(in_slot[plane * in_pitch + i]);
+      if (out) show_to_copy_engine();
+    }
+    __syncthreads();
+    if (out && copier >= 0) store_numbers(out + first_plane * a.out_plane, out_slot, out_skipped, planes * int(a.out_plane), copier);
+    if (++slot == a.slots) slot = 0, phase ^= 1;
+  }
+  if (copier == 0) await_stores_read();  // before the block gives up its shared memory or uses it otherwise
+  if (Gradient && partial) {             // over the threads of a plane, in fixed order
+    __syncthreads();
+    float* const all = reinterpret_cast<float*>(shared);  // [K + 1][threads]
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+      if (uint32_t(m + first_tap) < uint32_t(K)) all[(m + first_tap) * blockDim.x + threadIdx.x] = dots[m];
+    all[K * blockDim.x + threadIdx.x] = bias_sum;
+    __syncthreads();
+    const int threads = a.threads.divisor, width = threads > 32 ? 32 : 1, lane = threadIdx.x & (width - 1);  // width: lanes for a sum
+    for (int i = threadIdx.x / width; i < planes * (K + 1); i += blockDim.x / width) {
+      const int of = i / (K + 1), k = i % (K + 1);
+      float sum = 0;
+      if (k == K || uint32_t(k - first_tap) < uint32_t(M))  // else it meets no row
+        for (int t = lane; t < threads; t += width) sum += all[k * blockDim.x + of * threads + t];
+      for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+      if (lane == 0) partial[(int64_t(first_channel + of) * a.blocks + split) * (K + 1) + (k == K ? K : K - 1 - k)] = sum;
     }
   }
 #endif
@@ -2386,7 +2492,7 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + smaller(Gradient ? ceil_div(rows + p.K - 1, p.stride_h) + (Strided ? 1 : 0) : (rows - 1) * p.stride_h + p.K, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
   // As many rows or planes as leave room for the blocks that registers have room for; planes up to 20 KB, by measurement.
-  const int64_t sums = Gradient && M ? sizeof(float) * bulk_threads * larger(p.K - (Strided ? 0 : M), 0) : 0;  // of taps beyond registers
+  const int64_t sums = Gradient ? sizeof(float) * bulk_threads * larger(p.K - (Strided ? 0 : M), 0) : 0;  // of taps beyond registers
   const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(Gradient) - 2048 - sums) / bulk_slots;
   const int64_t out_step = Gradient ? p.stride_h : 1;
   int64_t band_rows = a.out_rows, planes = 1;
@@ -2428,14 +2534,60 @@ template <class T> Outcome launch_bulk(const Call& c) {
     else return by.template operator()<8, 2, true>();
   }
   if (p.K <= 3) return by.template operator()<8, 3, false>();
-  if (larger(p.H, p.H_out) <= 7) return by.template operator()<7, 0, false>();
   return round_up(p.K, 5) < round_up(p.K, 7) ? by.template operator()<8, 5, false>() : by.template operator()<8, 7, false>();
+}
+template <class T, int R, int M, bool Gaps, bool Gradient> Outcome planes_by(const Call& c) {
+  const Problem& p = c.p;
+  Plan<Planes> plan{{make_pass(c)}};
+  Planes& a = plan.a;
+  const Device& device = current_device();
+  const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
+  const int64_t threads = ceil_div(a.out_rows, R) * a.out_width, most = planes_threads - 32;
+  const bool fits = Gaps ? p.K <= M && (address(c.in) | a.in_plane * sizeof(T)) % 16 == 0
+                         : larger(a.in_rows, a.out_rows) <= R && (M == 2 * R - 1 || (a.row_shift >= -(M / 2) && a.row_shift + p.K - 1 <= M / 2));
+  if (!fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K)) return {};
+  a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane, a.threads = threads, a.columns = a.out_width;
+  const int64_t beyond = larger(larger(1, -a.row_shift), round_up(a.out_rows, R) + M - 1 + a.row_shift - a.in_rows);  // rows
+  if (Gaps) a.gap = round_up(beyond * a.in_width * sizeof(T), 128) / sizeof(T);
+  const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T) + bulk_modulus<T>, 128); };
+  const auto out_at = [&](int64_t planes) { return bytes(planes * (a.in_plane + a.gap) + a.gap); };
+  const auto slot_bytes = [&](int64_t planes) { return out_at(planes) + bytes(planes * a.out_plane); };
+  const int64_t room = device.shared_per_multiprocessor / planes_blocks(Gradient, M) - 1024 - 128;
+  double least = 1e30;
+  for (int64_t i = 1; i <= smaller(p.C, most / threads) && 2 * slot_bytes(i) <= room; ++i) {  // in warps
+    const double cost = double(ceil_div(p.C, i)) * (ceil_div(i * threads, 32) + 1);
+    if (cost < least) least = cost, a.planes = i;
+  }
+  if (!a.planes) return {};
+  const int64_t slices = ceil_div(p.C, a.planes);
+  a.slices = slices, a.out_at = out_at(a.planes) / sizeof(T), a.slot_bytes = slot_bytes(a.planes), a.slots = smaller(planes_slots, room / a.slot_bytes);
+  plan.threads = round_up(a.planes * threads, 32) + 32, plan.shared = larger(a.slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * plan.threads : 0);
+  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 64), planes_blocks(Gradient, M) * planes_threads / plan.threads);
+  a.splits = a.blocks = deal(slices, p.N, blocks, 2);
+  plan.blocks = slices * a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
+  return run<T>(planes<T, R, M, Gaps, Gradient>, plan, c, make_room<T>(plan, c));
+}
+
+template <class T> Outcome launch_planes(const Call& c) {
+  const Problem& p = c.p;
+  const auto by = [&]<int R, int M, bool Gaps> { return (c.transposed ? planes_by<T, R, M, Gaps, true> : planes_by<T, R, M, Gaps, false>)(c); };
+  const int64_t rows = larger(p.H, p.H_out), made = c.transposed ? p.H : p.H_out;
+  if (rows <= 7) return by.template operator()<7, 13, false>();
+  if (rows <= 14 && p.K <= 11)
+    if (const Outcome outcome = p.K <= 7 ? by.template operator()<14, 7, false>() : by.template operator()<14, 11, false>()) return outcome;
+  if (p.H * p.W * sizeof(T) < 512) return {};  // many short copies
+  if constexpr (sizeof(T) == 4) {
+    if (p.K > 11) return by.template operator()<8, 21, true>();
+  }
+  if (round_up(made, 14) <= round_up(made, 8) || ceil_div(made, 8) * p.W_out > planes_threads - 32)
+    return p.K <= 3 ? by.template operator()<14, 3, true>() : p.K <= 7 ? by.template operator()<14, 7, true>() : by.template operator()<14, 11, true>();
+  return p.K <= 3 ? by.template operator()<8, 3, true>() : p.K <= 7 ? by.template operator()<8, 7, true>() : by.template operator()<8, 11, true>();
 }
 }  // namespace
 
 // Launchers by type; walk_3: up to 3 taps, vectors of 16 bytes; walk_4: vectors of 4 numbers.
 using Attempt = Outcome(const Call&);
-Attempt slide_f32, slide_f16, slide_bf16, low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
+Attempt planes_f32, planes_f16, planes_bf16, slide_f32, slide_f16, slide_bf16, low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
     walk_3_f32, walk_3_f16, walk_3_bf16, walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
 // ---- end of what is compiled with each of the following parts, side by side ----
 
@@ -2504,6 +2656,7 @@ const char* launch(const Call& c) {
   Attempt *const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16), *const slide = by_type(slide_f32, slide_f16, slide_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
       {f64, walk_f64},
+      {stretches && dense && p.H * p.W < 4096 && (p.K < (f32 ? 22 : p.H * p.W < 1600 || (back && p.H % 14 == 0) ? 12 : 8) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
       {dense && last && !f64, by_type(low_f32, low_f16, low_bf16)},
       {stretches && f32 && !back && aligned && dense && p.K > 8 && p.H * p.W >= 1024 && p.H * p.W < 3584, bulk},
       {aligned && dense && last && !back && (p.K == 3 || p.K == 5 || (f32 && p.K == 7 && H >= 24)), slide},
@@ -2564,3 +2717,9 @@ Outcome march_f32(const Call& c) { return launch_march<float>(c); }
 // ---- end of a part ----
 Outcome march_f16(const Call& c) { return launch_march<f16>(c); }
 Outcome march_bf16(const Call& c) { return launch_march<bf16>(c); }
+// ---- end of a part ----
+Outcome planes_f32(const Call& c) { return launch_planes<float>(c); }
+// ---- end of a part ----
+Outcome planes_f16(const Call& c) { return launch_planes<f16>(c); }
+// ---- end of a part ----
+Outcome planes_bf16(const Call& c) { return launch_planes<bf16>(c); }
