@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
     if (ChannelsLast) {
       for (int i = threadIdx.x; i < (dots + 1) * channels; i += blockDim.x) {
         const int first = i / (dots + 1), k = i % (dots + 1), pixel = (tile_column + first) / int(a.p.C), c = (tile_column + first) % int(a.p.C);
-        Sum<T> sum = 0;
+        double sum = 0;  // of hundreds, for few channels
         for (int j = first; j < tx * V; j += channels)
           for (int t = j / V; t < blockDim.x; t += tx) sum += sums[k * blockDim.x + t].at[j % V];
         if (const bool whole = channels == a.p.C; whole || pixel < a.pixels) partial[(int64_t(c) * a.blocks + (whole ? slice : pixel) * a.splits + split) * (dots + 1) + k] = sum;
@@ -467,7 +467,7 @@ template <int columns, int pitch = columns, class Place> __device__ void sum_thr
     const int first = i / (a.K + 1), k = i % (a.K + 1);
     int c;
     const int block = place(first, c);
-    float sum = 0;
+    double sum = 0;  // of hundreds, for few channels
     for (int j = first; j < columns; j += channels) sum += sums[k * pitch + j];
     if (block >= 0) partial[(int64_t(c) * a.blocks + block) * (a.K + 1) + k] = sum;
   }
@@ -2018,6 +2018,7 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
       const T* const from = in_slot + (Gaps && !reached ? -1 : plane * in_pitch + (Gaps ? row + a.row_shift : 0) * W + in_w);
       T* const to = out_slot + (plane * int(a.out_plane) + row * W_out + w);
       const int pitch = Gaps && !reached ? 0 : W, out_rows = a.out_rows - row, in_rows = reached ? a.in_rows : 0;
+      float chunk_sum = 0;
       const auto make = [&]<bool full> {  // full: R rows
         float acc[R], own[R], sum = 0;
         const T* at = to;
@@ -2061,7 +2062,8 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
       };
       out_rows >= R && (Gaps || in_rows >= R) ? make.template operator()<true>() : make.template operator()<false>();
       if (Gradient && a.has_bias_sum)
-        for (int i = thread; i < a.in_plane; i += a.threads.divisor) bias_sum += widen(in_slot[plane * in_pitch + i]);
+        for (int i = thread; i < a.in_plane; i += a.threads.divisor) chunk_sum += widen(in_slot[plane * in_pitch + i]);
+      bias_sum += chunk_sum;
       if (out) show_to_copy_engine();
     }
     __syncthreads();
@@ -2080,7 +2082,7 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
     const int threads = a.threads.divisor, width = threads > 32 ? 32 : 1, lane = threadIdx.x & (width - 1);  // width: lanes for a sum
     for (int i = threadIdx.x / width; i < planes * (K + 1); i += blockDim.x / width) {
       const int of = i / (K + 1), k = i % (K + 1);
-      float sum = 0;
+      double sum = 0;
       if (k == K || uint32_t(k - first_tap) < uint32_t(M))  // else it meets no row
         for (int t = lane; t < threads; t += width) sum += all[k * blockDim.x + of * threads + t];
       for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
@@ -2563,7 +2565,8 @@ template <class T, int R, int M, bool Gaps, bool Gradient> Outcome planes_by(con
   a.slices = slices, a.out_at = out_at(a.planes) / sizeof(T), a.slot_bytes = slot_bytes(a.planes), a.slots = smaller(planes_slots, room / a.slot_bytes);
   plan.threads = round_up(a.planes * threads, 32) + 32, plan.shared = larger(a.slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * plan.threads : 0);
   const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 64), planes_blocks(Gradient, M) * planes_threads / plan.threads);
-  a.splits = a.blocks = deal(slices, p.N, blocks, 2);
+  // Short blocks where there are many chunks: their sums have few terms.
+  a.splits = a.blocks = p.N * slices > 64 * blocks * device.multiprocessors ? ceil_div(p.N, 8) : deal(slices, p.N, blocks, 2);
   plan.blocks = slices * a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return run<T>(planes<T, R, M, Gaps, Gradient>, plan, c, make_room<T>(plan, c));
 }
@@ -2658,7 +2661,7 @@ const char* launch(const Call& c) {
       {f64, walk_f64},
       {stretches && dense && p.H * p.W < 4096 && (p.K < (f32 ? 22 : p.H * p.W < 1600 || (back && p.H % 14 == 0) ? 12 : 8) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
       {dense && last && !f64, by_type(low_f32, low_f16, low_bf16)},
-      {stretches && f32 && !back && aligned && dense && p.K > 8 && p.H * p.W >= 1024 && p.H * p.W < 3584, bulk},
+      {stretches && f32 && !back && aligned && dense && p.K > 8 && p.K < 28 && p.H * p.W >= 1024 && p.H * p.W < 3584, bulk},
       {aligned && dense && last && !back && (p.K == 3 || p.K == 5 || (f32 && p.K == 7 && H >= 24)), slide},
       {aligned && dense && !last && !back && (f32 ? H >= 64 && (p.K == 3 || p.K == 7 || p.K == 11) : p.K == 3 || (p.K == 5 && H >= 192)), slide},
       {two_bytes && last && tiles(.33) && p.K > (back && H >= 96 ? 7 : 11), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
