@@ -118,6 +118,9 @@ CASES = [Case(*row) for row in [
     ("low planes, more taps",      (1, 2, 2, 2377),    35, 1,     (17, 0), 1,       True),
     ("small planes, many taps",    (3, 5, 28, 27),     27, 1,     (13, 0), 1,       True),
     ("small aligned planes",       (3, 5, 24, 16),     21, 1,     (10, 0), 1,       True),
+    ("16 rows, 70 channels",       (3, 70, 16, 5),     11, 1,     (5, 0),  1,       True),
+    ("9 rows, 68 channels",        (5, 68, 9, 6),      7, 1,      (3, 0),  1,       False),
+    ("8 rows, same, even K",       (9, 40, 8, 5),      10, 1,     "same",  1,       True),
     ("16 rows, 9 channels",        (9, 9, 16, 16),     4, 1,      (2, 0),  1,       True),
     ("14 rows, 99 channels",       (40, 99, 14, 5),    7, 1,      (3, 0),  1,       True),
     ("13 rows, 11 taps",           (5, 20, 13, 9),     11, 1,     (5, 0),  1,       True),
@@ -351,7 +354,8 @@ def views(device):
 def only_the_gradients_asked_for(device):
     """With weights in either layout."""
     cases = [Case("some gradients", shape, K, 1, padding, 1, True)
-             for shape, K, padding in (((2, 8, 33, 18), 5, (2, 1)), ((3, 5, 14, 9), 7, (3, 0)), ((3, 5, 28, 16), 5, (2, 1)), ((1, 2, 200, 16), 3, (1, 8)), ((1, 2, 70, 16), 7, (3, 8)))]
+             for shape, K, padding in (((2, 8, 33, 18), 5, (2, 1)), ((3, 5, 14, 9), 7, (3, 0)), ((3, 66, 10, 4), 5, (2, 0)), ((3, 5, 28, 16), 5, (2, 1)),
+                                       ((1, 2, 200, 16), 3, (1, 8)), ((1, 2, 70, 16), 7, (3, 8)))]
     subsets = [subset for n in (1, 2, 3) for subset in itertools.combinations(GRADIENTS, n)]
     no_failures([f"{subset}, weight {weights}: {w}" for case in cases for subset in subsets for dtype in DTYPES for layout in LAYOUTS for weights in LAYOUTS
                  for w in compare(case, dtype, device, dense(layout), subset, LAYOUTS[weights])])
@@ -379,7 +383,7 @@ def inf_and_nan(device, dtype):
     """They reach just the outputs and gradients whose taps touch them; padding adds nothing, whatever the weight."""
     shape = 2, 8, 40, 48
     geometries = ((shape, 3, 1, 1, 1), (shape, 4, (3, 2), (2, 3), 2), (shape, 21, 1, (10, 0), 1), (shape, 33, 1, (16, 0), 1),
-                  ((2, 136, 7, 5), 5, 1, (2, 0), 1), ((2, 8, 14, 12), 5, 1, (2, 0), 1), ((2, 8, 28, 16), 11, 1, (5, 3), 1),
+                  ((2, 136, 7, 5), 5, 1, (2, 0), 1), ((2, 70, 12, 5), 9, 1, (4, 0), 1), ((2, 8, 14, 12), 5, 1, (2, 0), 1), ((2, 8, 28, 16), 11, 1, (5, 3), 1),
                   ((2, 8, 24, 16), 18, 1, (9, 0), 1), *(((2, 8, 200, 48), K, 1, (K // 2, 0), 1) for K in (3, 5, 7)))
     wrong = []
     for geometry, value, where, layout in itertools.product(geometries, (math.inf, -math.inf, math.nan), ("x", "weight"), LAYOUTS):

@@ -634,18 +634,20 @@ struct Low : Pass {
   int columns, splits;    // columns of all planes; blocks of a slice
 };
 
-// For channels_last planes of `low_rows` rows, in and out, which meet those up to half as many above and below: a thread takes a column of
-// V channels whole. Reads in (and x if Gradient) once, writes out once. Registers: the rows of in, out and x, those of in and x of the
-// next column, which are under way, the taps, and if Gradient their sums and that of grad_output.
-constexpr int low_rows = 7, low_threads = 128;
-constexpr int low_blocks = 5;  // of a multiprocessor, for which registers have room
-template <class T, int V, bool Gradient>
-__global__ void __launch_bounds__(low_threads, low_blocks)
+// For channels_last planes of up to R rows, as many of in as of out, whose row i meets row r where |i - r| <= M / 2: a thread takes a column
+// of V channels whole. Reads in (and x if Gradient) once, writes out once. Where an infinity or NaN meets a zero, out is made anew from
+// the definition, and the gradient of the weight by `reduce`. Registers: the rows of in, out and x, of low planes also those of in and x
+// of the next column, which are under way, the taps, and if Gradient their sums and that of grad_output.
+constexpr int low_threads = 128;
+constexpr int low_blocks(int R, int M, bool gradient) { return R == 7 ? 5 : gradient ? M == 7 ? 5 : 4 : M == 7 ? 8 : 6; }  // of a multiprocessor, for which registers have room
+template <class T, int V, int R, int M, bool Gradient>
+__global__ void __launch_bounds__(low_threads, low_blocks(R, M, Gradient))
 low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
     T* __restrict__ out, float* __restrict__ partial) {
-  constexpr int R = low_rows, warps = low_threads / 32;
+  constexpr int warps = low_threads / 32;
+  constexpr bool ahead = R == 7;
   extern __shared__ __align__(128) unsigned char shared[];
-  const int K = a.K, first_tap = R / 2 + a.row_shift;  // row r of out meets row r + m - R / 2 of in by tap m - first_tap
+  const int K = a.K, first_tap = M / 2 + a.row_shift, rows = a.in_rows;  // row r of out meets row r + m - M / 2 of in by tap m - first_tap
   int slice;
   const int split = a.slices(blockIdx.x, slice), first_channel = slice * 32 * V, c = first_channel + threadIdx.x % 32 * V;
   const bool busy = c < a.C;
@@ -657,62 +659,76 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  Packed<T, V> next_in[R] = {}, next_x[R] = {};
+  using Words = Packed<uint32_t, V * sizeof(T) / 4>;  // else the compiler would keep 16-bit numbers apart
+  Words next_in[R] = {}, next_x[R] = {};
+  const auto load_words = [](const T* at) { return load<V * sizeof(T) / 4>(reinterpret_cast<const uint32_t*>(at)); };
   const auto fetch_column = [&](int column) {
     if (!(busy && column < a.columns)) return;
-    const int64_t at = place(column);
+    const T *const from = in + place(column), *const from_x = x + place(column);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      next_in[r] = load<V>(in + (at + r * a.out_columns));
-      if (Gradient && a.has_dots) next_x[r] = load<V>(x + (at + r * a.out_columns));
+      const bool inside = R == 7 || r < rows;
+      next_in[r] = inside ? load_words(from + r * a.out_columns) : Words{};
+      if (Gradient) next_x[r] = inside && a.has_dots ? load_words(from_x + r * a.out_columns) : Words{};
     }
   };
   int column = split * warps + threadIdx.x / 32;
-  fetch_column(column);
-  float taps[R][V], dots[R][V], initial[V], bias_sum[V];
+  if (ahead) fetch_column(column);
+  float taps[M][V], dots[M][V], initial[V], bias_sum[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     initial[v] = !Gradient && bias && busy ? widen(bias[c + v]) : 0, bias_sum[v] = 0;
 #pragma unroll
-    for (int m = 0; m < R; ++m) {
+    for (int m = 0; m < M; ++m) {
       const int k = m - first_tap;
       taps[m][v] = weight && busy && k >= 0 && k < K ? widen(weight[(c + v) * K + (Gradient ? K - 1 - k : k)]) : 0, dots[m][v] = 0;
     }
   }
   for (; column < a.columns; column += a.splits * warps) {
-    float rows[R][V];
-    Packed<T, V> x_rows[R];
+    if (!ahead) fetch_column(column);
+    float numbers[R][V], sum = 0;
+    Words x_rows[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) unpack(numbers[r], reinterpret_cast<const Packed<T, V>&>(next_in[r])), x_rows[r] = next_x[r];
+    if (ahead) fetch_column(column + a.splits * warps);
+    const int64_t at = place(column);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      unpack(rows[r], next_in[r]), x_rows[r] = next_x[r];
-#pragma unroll
-      for (int v = 0; v < V; ++v) bias_sum[v] += rows[r][v];
-    }
-    fetch_column(column + a.splits * warps);
-    T* to = out + place(column);
-#pragma unroll
-    for (int r = 0; r < R; ++r, to += a.out_columns) {
+      if (R > 7 && r >= rows) continue;
       float acc[V], own[V];
-      if (Gradient) unpack(own, x_rows[r]);
+      if (Gradient) unpack(own, reinterpret_cast<const Packed<T, V>&>(x_rows[r]));
 #pragma unroll
-      for (int v = 0; v < V; ++v) acc[v] = initial[v];
+      for (int v = 0; v < V; ++v) acc[v] = initial[v], bias_sum[v] += Gradient ? numbers[r][v] : 0;
 #pragma unroll
-      for (int m = 0; m < R; ++m) {
-        const int i = r + m - R / 2;
-        if (i < 0 || i >= R || m < first_tap || m >= first_tap + K) continue;
+      for (int m = 0; m < M; ++m) {
+        const int i = r + m - M / 2;
+        if (i < 0 || i >= R) continue;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          acc[v] += taps[m][v] * rows[i][v];
-          if (Gradient) dots[m][v] += own[v] * rows[i][v];
+          acc[v] += taps[m][v] * numbers[i][v];
+          if (Gradient) dots[m][v] += own[v] * numbers[i][v];
         }
       }
-      if (out && busy) store<V>(to, pack<T, V>(acc));
+#pragma unroll
+      for (int v = 0; v < V; ++v) sum += acc[v];
+      if (out && busy) store<V>(out + (at + r * a.out_columns), pack<T, V>(acc));
+    }
+    if (sum - sum != 0 && out && busy) {
+#pragma unroll 1
+      for (int i = 0; i < rows * V; ++i) {
+        const int r = i / V, v = i % V;
+        sum = !Gradient && bias ? widen(bias[c + v]) : 0;
+#pragma unroll 1
+        for (int k = 0; k < K; ++k)
+          if (const int row = r + k + a.row_shift; row >= 0 && row < rows) sum += widen(weight[(c + v) * K + (Gradient ? K - 1 - k : k)]) * widen(in[at + row * a.out_columns + v]);
+        out[at + r * a.out_columns + v] = narrow<T>(sum);
+      }
     }
   }
   if (Gradient && partial) {
     float* const sums = reinterpret_cast<float*>(shared);
 #pragma unroll
-    for (int m = -1; m < R; ++m) {
+    for (int m = -1; m < M; ++m) {
       const int k = m - first_tap;
       if (m < 0 || (k >= 0 && k < K))
         store<V>(sums + ((m < 0 ? K : K - 1 - k) * low_threads + threadIdx.x) * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
@@ -2359,20 +2375,26 @@ template <class T> Outcome launch_march(const Call& c) {
   return by.template operator()<11>();
 }
 
-template <class T, bool Gradient> Outcome low_by(const Call& c) {
-  constexpr int V = (Gradient ? 4 : 8) / sizeof(T), warps = low_threads / 32;
+template <class T, int R, int M, bool Gradient> Outcome low_by(const Call& c) {
+  constexpr int V = (Gradient || R > 7 ? 4 : 8) / sizeof(T), warps = low_threads / 32;
   const Problem& p = c.p;
   Plan<Low> plan{{make_pass(c)}};
   Low& a = plan.a;
   const int64_t slices = ceil_div(p.C, 32 * V), columns = p.N * p.W;
-  plan.applies = p.H == low_rows && p.H_out == low_rows && p.K <= low_rows && p.padding_w == 0 && p.dilation == 1 && p.C % V == 0 && p.C > 16 * V &&
+  plan.applies = p.H == p.H_out && p.K <= M && p.padding_w == 0 && p.dilation == 1 && p.C % V == 0 && p.C > 16 * V &&
                  alignment(c) >= V * sizeof(T) && all_below(1 << 29, columns, p.W * p.C, p.C * p.K);
   if (!plan.applies) return {};
   a.width = p.W, a.slices = slices, a.columns = columns;
-  a.splits = a.blocks = deal(slices, ceil_div(columns, warps), low_blocks, 2);
+  a.splits = a.blocks = deal(slices, ceil_div(columns, warps), low_blocks(R, M, Gradient), 2);
   plan.blocks = slices * a.splits, plan.threads = low_threads, plan.shared = Gradient ? sizeof(float) * low_threads * V * (p.K + 1) : 0;
-  plan.sums = {.dots = a.K, .blocks = a.blocks};
-  return run<T>(low<T, V, Gradient>, plan, c, make_room<T>(plan, c));
+  plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
+  return run<T>(low<T, V, R, M, Gradient>, plan, c, make_room<T>(plan, c));
+}
+
+template <class T> Outcome launch_low(const Call& c) {
+  const auto by = [&]<int R, int M> { return (c.transposed ? low_by<T, R, M, true> : low_by<T, R, M, false>)(c); };
+  if (c.p.H == 7) return by.template operator()<7, 7>();
+  return c.p.K <= 7 ? by.template operator()<16, 7>() : by.template operator()<16, 11>();
 }
 
 // Whether the tiles of tensor cores are aligned.
@@ -2660,7 +2682,7 @@ const char* launch(const Call& c) {
   const struct { bool holds; Attempt* attempt; } table[] = {
       {f64, walk_f64},
       {stretches && dense && p.H * p.W < 4096 && (p.K < (f32 ? 22 : p.H * p.W < 1600 || (back && p.H % 14 == 0) ? 12 : 8) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
-      {dense && last && !f64, by_type(low_f32, low_f16, low_bf16)},
+      {dense && last && !f64 && (p.H == 7 || (p.H > 7 && p.H < 17 && (back || p.K > 5))), by_type(low_f32, low_f16, low_bf16)},
       {stretches && f32 && !back && aligned && dense && p.K > 8 && p.K < 28 && p.H * p.W >= 1024 && p.H * p.W < 3584, bulk},
       {aligned && dense && last && !back && (p.K == 3 || p.K == 5 || (f32 && p.K == 7 && H >= 24)), slide},
       {aligned && dense && !last && !back && (f32 ? H >= 64 && (p.K == 3 || p.K == 7 || p.K == 11) : p.K == 3 || (p.K == 5 && H >= 192)), slide},
@@ -2690,19 +2712,19 @@ Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
 // ---- end of a part ----
 Outcome bulk_f16(const Call& c) { return launch_bulk<f16>(c); }
 // ---- end of a part ----
-Outcome low_f32(const Call& c) { return c.transposed ? low_by<float, true>(c) : low_by<float, false>(c); }
+Outcome low_f32(const Call& c) { return launch_low<float>(c); }
 Outcome slide_f32(const Call& c) { return launch_slide<float>(c); }
 Outcome walk_3_f32(const Call& c) { return launch_walk<float, 4, 3>(c); }
 Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4, 7>(c); }
 Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1, 7>(c); }
 // ---- end of a part ----
-Outcome low_f16(const Call& c) { return c.transposed ? low_by<f16, true>(c) : low_by<f16, false>(c); }
+Outcome low_f16(const Call& c) { return launch_low<f16>(c); }
 Outcome slide_f16(const Call& c) { return launch_slide<f16>(c); }
 Outcome walk_3_f16(const Call& c) { return launch_walk<f16, 8, 3>(c); }
 Outcome walk_4_f16(const Call& c) { return launch_walk<f16, 4, 7>(c); }
 Outcome walk_1_f16(const Call& c) { return launch_walk<f16, 1, 7>(c); }
 // ---- end of a part ----
-Outcome low_bf16(const Call& c) { return c.transposed ? low_by<bf16, true>(c) : low_by<bf16, false>(c); }
+Outcome low_bf16(const Call& c) { return launch_low<bf16>(c); }
 Outcome slide_bf16(const Call& c) { return launch_slide<bf16>(c); }
 Outcome walk_3_bf16(const Call& c) { return launch_walk<bf16, 8, 3>(c); }
 Outcome walk_4_bf16(const Call& c) { return launch_walk<bf16, 4, 7>(c); }
