@@ -449,14 +449,11 @@ template <int V> constexpr int march_pitch = march_threads * V + 4;  // of its s
 template <int M> constexpr int march_slots = M < 7 ? 2 * M : M;
 // V, and blocks of a multiprocessor, for which registers have room.
 constexpr int march_vector(int size, int M, bool gradient) {
-  return (gradient ? M > 11 ? 4 : M > 7 ? 2 * size : M > 3 ? 4 * size : 16 : M > 21 ? 8 : M > 7 ? 4 * size : 16) / size;
+  return (gradient ? M > 7 ? 2 * size : M > 3 ? 4 * size : 16 : M > 21 ? 8 : M > 7 ? 4 * size : 16) / size;
 }
 constexpr int march_blocks(int M, int V, bool gradient) {
   const int numbers = M * V * (gradient ? 3 : 2);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if (M == 21 && gradient) return 3;  // 4 would spill
-#endif
-  return numbers < 66 ? 4 : numbers <= 130 ? 3 : 2;
+  return numbers < 66 ? 4 : numbers <= (gradient ? 120 : 130) ? 3 : 2;
 }
 
 // Adds up what a block has of the same channel, of each tap's sums [K + 1][pitch], in fixed order; `place` says of which channel the
@@ -2687,7 +2684,7 @@ const char* launch(const Call& c) {
       {aligned && dense && last && !back && (p.K == 3 || p.K == 5 || (f32 && p.K == 7 && H >= 24)), slide},
       {aligned && dense && !last && !back && (f32 ? H >= 64 && (p.K == 3 || p.K == 7 || p.K == 11) : p.K == 3 || (p.K == 5 && H >= 192)), slide},
       {two_bytes && last && tiles(.33) && p.K > (back && H >= 96 ? 7 : 11), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
-      {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H >= 24 : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
+      {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H > (f32 ? 23 : 16) : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
       {f32 && !last && p.K > 13 && (back ? tiles(.6) : H >= 64 && tiles(.9)), toeplitz_f32},
       {stretches && two_bytes && (!aligned || (p.K > 3 && p.H * p.W < 1024)) && p.K <= (p.H * p.W < 1024 ? 32 : p.W <= 256 ? 7 : 16), bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
