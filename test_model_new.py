@@ -116,6 +116,7 @@ CASES = [Case(*row) for row in [
     ("7 rows, 136 channels",       (3, 136, 7, 5),     5, 1,      (2, 0),  1,       True),
     ("low planes, many taps",      (2, 3, 5, 211),     15, 1,     (7, 0),  1,       True),
     ("low planes, more taps",      (1, 2, 2, 2377),    35, 1,     (17, 0), 1,       True),
+    ("low planes, 700 taps",       (3, 20, 6, 5),      700, 1,    (349, 0), 1,      True),
     ("small planes, many taps",    (3, 5, 28, 27),     27, 1,     (13, 0), 1,       True),
     ("small aligned planes",       (3, 5, 24, 16),     21, 1,     (10, 0), 1,       True),
     ("16 rows, 70 channels",       (3, 70, 16, 5),     11, 1,     (5, 0),  1,       True),

@@ -1950,26 +1950,26 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
 
 struct Planes : Pass {
   int64_t in_numbers, out_numbers;    // of all planes
-  int planes, splits;                 // planes of a chunk, of neighbouring channels; blocks to which the images are dealt
+  int planes, splits;                 // planes of a chunk, of neighbouring channels of an image; blocks to which the images are dealt
   Divisor slices, threads, columns;   // slices: of `planes` channels; threads of a plane; columns of out
   int gap;                            // if Gaps: numbers before and after each plane of in in shared memory that are zeros
   int slots, slot_bytes, out_at;      // in shared memory: slots of a chunk; bytes of each, numbers before out in it
 };
 
 constexpr int planes_threads = 256, planes_slots = 3;
-// Blocks of a multiprocessor, by registers.
+// Blocks of a multiprocessor, by registers: from compute capability 10.0 on, one more would spill.
 constexpr int planes_blocks(bool gradient, int M) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  return (gradient ? 2 : 3) - (M > 20 && gradient ? 0 : M > 20);
+  return gradient || M > 20 ? 2 : 3;
 #else
   return (gradient ? 3 : 4) - (M > 20);
 #endif
 }
 
-// As `bulk`, for planes that shared memory holds whole, at stride 1: no row is guarded. With Gaps, planes of in are copied one by one to places
-// with zeros between them, which taps beyond a plane meet; else planes have up to R rows, and row i of in meets row r of out where
-// |i - r| <= M / 2. A thread makes R rows of a column, of the same in each chunk, by M taps at once; the last warp copies.
-// Where an infinity or NaN meets a zero, out is made anew from the definition, and the gradient of the weight by `reduce`.
+// As `bulk`, for planes that shared memory holds whole, at stride 1: no row is guarded. With Gaps, planes of in are copied one by one, to
+// places with zeros between them, which taps beyond a plane meet; else planes have up to R rows, and row i of in meets row r of out where
+// |i - r| <= M / 2. A thread makes R rows of a column, the same of each chunk, by M taps at once; the last warp copies. Where an infinity
+// or NaN meets a zero, out is made anew from the definition, and the gradient of the weight by `reduce`.
 // Registers: R sums, R of x, M taps and their gradients. Shared memory: slots of planes of in and of out, where x lies before.
 template <class T, int R, int M, bool Gaps, bool Gradient>
 __global__ void __launch_bounds__(planes_threads, planes_blocks(Gradient, M))
@@ -2027,7 +2027,7 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
     }
     if (works) {
       await(barriers + slot, phase);
-      // Where no column of in is reached, a zero is, again and again.
+      // Where no column of in is reached, the same zero again and again.
       const T* const from = in_slot + (Gaps && !reached ? -1 : plane * in_pitch + (Gaps ? row + a.row_shift : 0) * W + in_w);
       T* const to = out_slot + (plane * int(a.out_plane) + row * W_out + w);
       const int pitch = Gaps && !reached ? 0 : W, out_rows = a.out_rows - row, in_rows = reached ? a.in_rows : 0;
@@ -2171,7 +2171,7 @@ Pass make_pass(const Call& c) {
 // Whether at stride 1 all rows of grad_output are met by some row of x: then its sum can be taken on the way.
 bool sees_grad_output(const Pass& a) { return !a.has_bias_sum || (a.p.padding_h <= (a.p.K - 1) * a.p.dilation && a.p.H >= a.p.dilation); }
 
-// A launch of one of the kernels: A is Walk, March, Low, Toeplitz or Bulk.
+// A launch of one of the kernels: A is Walk, March, Low, Toeplitz, Bulk or Planes.
 template <class A> struct Plan {
   A a;
   bool applies;  // else the kernel cannot do it
@@ -2565,7 +2565,7 @@ template <class T, int R, int M, bool Gaps, bool Gradient> Outcome planes_by(con
   const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
   const int64_t threads = ceil_div(a.out_rows, R) * a.out_width, most = planes_threads - 32;
   const bool fits = Gaps ? p.K <= M && (address(c.in) | a.in_plane * sizeof(T)) % 16 == 0
-                         : larger(a.in_rows, a.out_rows) <= R && (M == 2 * R - 1 || (a.row_shift >= -(M / 2) && a.row_shift + p.K - 1 <= M / 2));
+                         : larger(a.in_rows, a.out_rows) <= R && p.K <= 64 && (M == 2 * R - 1 || (a.row_shift >= -(M / 2) && a.row_shift + p.K - 1 <= M / 2));
   if (!fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K)) return {};
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane, a.threads = threads, a.columns = a.out_width;
   const int64_t beyond = larger(larger(1, -a.row_shift), round_up(a.out_rows, R) + M - 1 + a.row_shift - a.in_rows);  // rows
