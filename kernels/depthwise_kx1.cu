@@ -483,7 +483,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
       const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
 #if __CUDA_ARCH__ >= 800
   constexpr int bytes = sizeof(T) * V, slots = march_slots<M>, slot_bytes = march_threads * bytes * (Gradient ? 2 : 1);
-  constexpr int optional = M == 3 ? 2 : M == 7 ? 3 : M == 11 ? 3 : 9, chains = V == 1 ? 2 : 1;  // a single sum's products would wait for one another
+  constexpr int optional = M == 3 ? 2 : M == 7 ? 3 : M == 11 ? 3 : 9;
   extern __shared__ __align__(128) unsigned char shared[];
   const int K = a.K, d = a.dilation.divisor;
   int tile, band, c;
@@ -571,20 +571,19 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
           for (int v = 0; v < V; ++v) bias_sum[v] += window[u][v];
         }
         if (i >= K - 1) {
-          float acc[chains][V];
+          float acc[V];
 #pragma unroll
-          for (int i = 0; i < chains * V; ++i) acc[i / V][i % V] = i < V ? initial[i] : 0;
+          for (int v = 0; v < V; ++v) acc[v] = initial[v];
 #pragma unroll
           for (int m = 0; m < M; ++m) {
             if (m < optional && m < M - K) continue;
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              acc[m % chains][v] += taps[m][v] * window[(u + 1 + m) % M][v];
+              acc[v] += taps[m][v] * window[(u + 1 + m) % M][v];
               if (Gradient) dots[m][v] += own[v] * window[(u + 1 + m) % M][v];
             }
           }
-          if (chains > 1) acc[0][0] += acc[chains - 1][0];
-          if (owned && out) store<V>(to, pack<T, V>(acc[0]));
+          if (owned && out) store<V>(to, pack<T, V>(acc));
           to += out_step;
         }
         if (++i == steps) break;
@@ -644,7 +643,7 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
   constexpr int warps = low_threads / 32;
   constexpr bool ahead = R == 7;
   extern __shared__ __align__(128) unsigned char shared[];
-  const int K = a.K, first_tap = M / 2 + a.row_shift, rows = a.in_rows;  // row r of out meets row r + m - M / 2 of in by tap m - first_tap
+  const int K = a.K, unused = M / 2 + a.row_shift, rows = a.in_rows;  // row r of out meets row r + m - M / 2 of in by tap m - unused
   int slice;
   const int split = a.slices(blockIdx.x, slice), first_channel = slice * 32 * V, c = first_channel + threadIdx.x % 32 * V;
   const bool busy = c < a.C;
@@ -677,7 +676,7 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
     initial[v] = !Gradient && bias && busy ? widen(bias[c + v]) : 0, bias_sum[v] = 0;
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      const int k = m - first_tap;
+      const int k = m - unused;
       taps[m][v] = weight && busy && k >= 0 && k < K ? widen(weight[(c + v) * K + (Gradient ? K - 1 - k : k)]) : 0, dots[m][v] = 0;
     }
   }
@@ -726,7 +725,7 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
     float* const sums = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int m = -1; m < M; ++m) {
-      const int k = m - first_tap;
+      const int k = m - unused;
       if (m < 0 || (k >= 0 && k < K))
         store<V>(sums + ((m < 0 ? K : K - 1 - k) * low_threads + threadIdx.x) * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
     }
@@ -1683,6 +1682,7 @@ __device__ void show_to_copy_engine() {
 constexpr int bulk_threads = 256, bulk_slots = 2;
 // Of addresses in shared and global memory, which are congruent. (128 saves requests to L2; for float it is slower, by measurement.)
 template <class T> constexpr int bulk_modulus = sizeof(T) == 2 ? 128 : 16;
+template <class T> __device__ int skipped(const T* at) { return int(reinterpret_cast<uintptr_t>(at) % bulk_modulus<T> / sizeof(T)); }  // numbers before it
 // Blocks of a multiprocessor, by registers: from compute capability 10.0 on, one more would spill.
 constexpr int bulk_blocks(bool gradient) {
 #if __CUDA_ARCH__ >= 1000
@@ -1775,7 +1775,6 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     k.in_row = in_begin - (Strided && Gradient ? a.step.over(row) : in_first), k.in_rows = in_end - in_begin, k.out_rows = end - row;
     k.bias_row = row ? max(limit(row) - in_begin, 0) : 0, k.bias_rows = k.in_rows - k.bias_row;
     k.out_numbers = (planes - 1) * int(a.out_plane) + k.out_rows * a.out_width;
-    const auto skipped = [](const T* at) { return int(reinterpret_cast<uintptr_t>(at) % bulk_modulus<T> / sizeof(T)); };
     k.in_skipped = skipped(in + in_at), k.out_skipped = skipped((Gradient && a.has_dots ? x : out) + k.out_at);
     described[slot] = k;
     unsigned char* const to = shared + a.slots_at + slot * a.slot_bytes;
@@ -1978,13 +1977,12 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint64_t barriers[planes_slots];
-  const int K = a.K, W = a.in_width, W_out = a.out_width, in_pitch = int(a.in_plane) + a.gap, first_tap = Gaps ? 0 : -(M / 2) - a.row_shift;
+  const int K = a.K, W = a.in_width, W_out = a.out_width, in_pitch = int(a.in_plane) + a.gap, first_tap = Gaps ? 0 : -(M / 2) - a.row_shift;  // of M
   int slice, thread, w;
   const int split = a.slices(blockIdx.x, slice), first_channel = slice * a.planes, planes = min(a.planes, a.C - first_channel);
   const int plane = a.threads(threadIdx.x, thread), row = a.columns(thread, w) * R, in_w = w + a.column_shift, copier = threadIdx.x - (blockDim.x - 32);
   const bool works = copier < 0 && plane < planes, reached = in_w >= 0 && in_w < W;
   const auto slot_at = [&](int slot) { return reinterpret_cast<T*>(shared + slot * a.slot_bytes); };
-  const auto skipped = [](const T* at) { return int(reinterpret_cast<uintptr_t>(at) % bulk_modulus<T> / sizeof(T)); };
   const auto tap = [&](int k) { return widen(weight[(first_channel + plane) * K + (a.reversed ? K - 1 - k : k)]); };
   const auto load_chunk = [&](int n, int slot) {
     if (n >= a.p.N) return;
@@ -2557,6 +2555,7 @@ template <class T> Outcome launch_bulk(const Call& c) {
   if (p.K <= 3) return by.template operator()<8, 3, false>();
   return round_up(p.K, 5) < round_up(p.K, 7) ? by.template operator()<8, 5, false>() : by.template operator()<8, 7, false>();
 }
+
 template <class T, int R, int M, bool Gaps, bool Gradient> Outcome planes_by(const Call& c) {
   const Problem& p = c.p;
   Plan<Planes> plan{{make_pass(c)}};
@@ -2601,9 +2600,11 @@ template <class T> Outcome launch_planes(const Call& c) {
   if constexpr (sizeof(T) == 4) {
     if (p.K > 11) return by.template operator()<8, 21, true>();
   }
-  if (round_up(made, 14) <= round_up(made, 8) || ceil_div(made, 8) * p.W_out > planes_threads - 32)
-    return p.K <= 3 ? by.template operator()<14, 3, true>() : p.K <= 7 ? by.template operator()<14, 7, true>() : by.template operator()<14, 11, true>();
-  return p.K <= 3 ? by.template operator()<8, 3, true>() : p.K <= 7 ? by.template operator()<8, 7, true>() : by.template operator()<8, 11, true>();
+  const auto by_taps = [&]<int R> {
+    return p.K <= 3 ? by.template operator()<R, 3, true>() : p.K <= 7 ? by.template operator()<R, 7, true>() : by.template operator()<R, 11, true>();
+  };
+  const bool high = round_up(made, 14) <= round_up(made, 8) || ceil_div(made, 8) * p.W_out > planes_threads - 32;  // 14 rows leave no more to spare, or 8 take too many threads
+  return high ? by_taps.template operator()<14>() : by_taps.template operator()<8>();
 }
 }  // namespace
 
