@@ -158,6 +158,9 @@ CASES = [Case(*row) for row in [
    + [Case(f"{H} rows, padding in W of 16, K={K}, dilation {d}", (2, 3, H, 40), K, 1, (K * d // 2, 16), d, True)
       for H in (70, 203) for K, d in ((3, 1), (3, 2), (5, 1), (7, 3), (11, 1))] \
    + [Case(f"{H} x {H}, K={K}", (11, 5, H, H), K, 1, (K // 2, 0), 1, K == 7) for H in (28, 40, 56) for K in (3, 7, 11)] \
+   + [Case(f"{C} planes of W={W} side by side, K={K}, dilation {d}", (2, C, H, W), K, 1, (K * d // 2, padding), d, C != 16)
+      for C, H, W, K, padding, d in ((9, 64, 64, 5, 0, 1), (12, 150, 48, 10, 16, 1), (16, 129, 64, 7, 0, 3), (12, 60, 64, 8, 0, 2),
+                                     (7, 101, 80, 21, 8, 1), (2, 50, 1040, 13, 4, 1), (2, 50, 1040, 6, 8, 1), (16, 100, 64, 19, 0, 1))] \
    + [Case("shared memory of nearly 48 KB", (1, 24, 200, 56), 4, 1, 2, 1, True)] \
    + [Case(f"W={W}, K={K}, dilation {d}", (2, 3, 90, W), K, 1, (K * d // 2, padding), d, K % 2 == 0)
       for W, K, padding, d in ((251, 31, 0, 1), (300, 18, 3, 1), (601, 20, 0, 1), (125, 10, 1, 3), (499, 190, 0, 1))] \
@@ -385,7 +388,8 @@ def inf_and_nan(device, dtype):
     shape = 2, 8, 40, 48
     geometries = ((shape, 3, 1, 1, 1), (shape, 4, (3, 2), (2, 3), 2), (shape, 21, 1, (10, 0), 1), (shape, 33, 1, (16, 0), 1),
                   ((2, 136, 7, 5), 5, 1, (2, 0), 1), ((2, 70, 12, 5), 9, 1, (4, 0), 1), ((2, 8, 14, 12), 5, 1, (2, 0), 1), ((2, 8, 28, 16), 11, 1, (5, 3), 1),
-                  ((2, 8, 24, 16), 18, 1, (9, 0), 1), *(((2, 8, 200, 48), K, 1, (K // 2, 0), 1) for K in (3, 5, 7)))
+                  ((2, 8, 24, 16), 18, 1, (9, 0), 1), *(((2, 8, 200, 48), K, 1, (K // 2, 0), 1) for K in (3, 5, 7)),
+                  *(((2, 16, 129, 64), K, 1, (K * d // 2, 0), d) for K, d in ((6, 3), (9, 1), (19, 1))))
     wrong = []
     for geometry, value, where, layout in itertools.product(geometries, (math.inf, -math.inf, math.nan), ("x", "weight"), LAYOUTS):
         case = Case(f"{value} in {where}", *geometry, True)
@@ -1219,7 +1223,7 @@ def random_case():
         for i in random.sample(range(4), 4):
             shape[i] = random_size(min(budget / math.prod(shape), 5000))
         N, C, H, W = shape
-        H = random.choice([H] * 9 + [7, 14, 28])  # which have kernels of their own
+        H, W = random.choice([H] * 9 + [7, 14, 28]), random.choice([W, (W + 7) // 8 * 8])  # which have kernels of their own
         H = H if padding == "same" else max(H, d * (K - 1) + 1 - 2 * p)
         N = random.choice([N] * 99 + [0])
         if max(1, N) * C * max(H * W, ((H + 2 * p) // s + 1) * ((W + 2 * pw) // sw + 1)) < 2**22:

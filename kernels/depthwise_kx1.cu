@@ -130,6 +130,23 @@ struct Pass {
   int blocks;                                  // that sum x * grad_output, for each of `dots` taps, and grad_output for a channel: to partial[C][blocks][dots + 1]
 };
 
+// Adds up a block's sums of each tap, and of grad_output, [rows][pitch] in shared memory, in fixed order: over the columns of the same channel, which lie
+// in turn or side by side. `place` says of which channel its first column's is, and which of its blocks' sums these are, or -1: nobody's.
+template <bool InTurn, class S, class Place>
+__device__ void sum_threads(const Pass& a, const S* sums, int rows, int pitch, int columns, int channels, S* partial, const Place& place) {
+  __syncthreads();
+  const int each = InTurn ? 1 : columns / channels, stride = InTurn ? channels : 1, width = columns > 32 * channels ? 16 : 1, lane = threadIdx.x & (width - 1);
+  for (int i = threadIdx.x / width; i < rows * channels; i += blockDim.x / width) {
+    const int first = i / rows * each, k = i % rows, end = InTurn ? columns : first + each;
+    double sum = 0;  // of hundreds, for few channels
+    for (int j = first + lane * stride; j < end; j += width * stride) sum += sums[k * pitch + j];
+    for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    int c;
+    const int64_t block = place(first, c);
+    if (lane == 0 && block >= 0) partial[(c * a.blocks + block) * rows + k] = sum;
+  }
+}
+
 // How a launch walks its planes. Rows of out one `out_step` apart meet the same taps in rows of in one `in_step` apart, whatever stride
 // s and dilation d are: with g = gcd(s, d), L = s d / g, a forward step is d / g rows of y and L rows of x, and every
 // (s / g)-th tap shares them. So one loop, acc[r] += weight[m] * in[r + m], serves all strides, dilations and both passes.
@@ -291,36 +308,25 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
     }
   }
 
-  if (Gradient && partial) {  // over the threads that share a channel, in fixed order
+  if (Gradient && partial) {
+    Sum<T>* const all = &sums[0].at[0];
+    const int columns = ChannelsLast ? tx * V : blockDim.x, pitch = Vw * blockDim.x, channels = ChannelsLast ? int(min(a.p.C, int64_t(columns))) : 1;
     __syncthreads();
-    const int channels = ChannelsLast ? int(min(a.p.C, int64_t(tx * V))) : 1;
-    if (ChannelsLast) {
-      for (int i = threadIdx.x; i < (dots + 1) * channels; i += blockDim.x) {
-        const int first = i / (dots + 1), k = i % (dots + 1), pixel = (tile_column + first) / int(a.p.C), c = (tile_column + first) % int(a.p.C);
-        double sum = 0;  // of hundreds, for few channels
-        for (int j = first; j < tx * V; j += channels)
-          for (int t = j / V; t < blockDim.x; t += tx) sum += sums[k * blockDim.x + t].at[j % V];
-        if (const bool whole = channels == a.p.C; whole || pixel < a.pixels) partial[(int64_t(c) * a.blocks + (whole ? slice : pixel) * a.splits + split) * (dots + 1) + k] = sum;
-      }
-    } else {
-      for (int i = threadIdx.x / 32; i <= dots; i += blockDim.x / 32) {
-        Sum<T> sum = 0;
-        for (int t = threadIdx.x % 32; t < blockDim.x; t += 32) sum += sums[i * blockDim.x + t].at[0];
-        for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-        if (threadIdx.x % 32 == 0) partial[(int64_t(first_plane) * a.blocks + tile_column / (tx * V) * a.splits + split) * (dots + 1) + i] = sum;
-      }
+    for (int i = threadIdx.x; columns < pitch && i < (dots + 1) * columns; i += blockDim.x) {  // of the threads above one another
+      Sum<T>* const of = all + i / columns * pitch + i % columns;
+      for (int j = columns; j < pitch; j += columns) *of += of[j];
     }
+    sum_threads<ChannelsLast>(a, all, dots + 1, pitch, columns, channels, partial, [&](int first, int& c) {
+      if (!ChannelsLast) return c = first_plane, int64_t(tile_column / (tx * V)) * a.splits + split;
+      const int pixel = a.channels(tile_column + first, c), whole = channels == a.p.C;
+      return whole || pixel < a.pixels ? int64_t(whole ? slice : pixel) * a.splits + split : -1;
+    });
   }
 }
 
 // R of `slide`, and blocks of a multiprocessor, by measurement.
-constexpr int slide_rows(int size, int M, bool gradient) { return gradient ? size == 2 ? 4 : 6 : size == 2 ? M == 3 ? 5 : 7 : M == 5 || M == 7 ? 5 : 6; }
-constexpr int slide_blocks(int size, int M, bool gradient) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  if (gradient && M == 11) return 3;  // 4 would spill
-#endif
-  return gradient ? size == 2 ? 5 : 4 : M == 3 ? 6 : size == 4 && M < 11 ? 5 : 4;
-}
+constexpr int slide_rows(int size, int M, bool gradient) { return gradient ? 4 : size == 2 ? M == 3 ? 5 : 7 : M == 5 || M == 7 ? 5 : 6; }
+constexpr int slide_blocks(int size, int M, bool gradient) { return gradient ? 5 : M == 3 ? 6 : size == 4 && M < 11 ? 5 : 4; }
 
 // `walk` for M taps at stride 1: rows stay packed, as loaded, until their turn, and a sum lives for one row of out, so that registers have
 // room for more rows on their way, and fewer are read twice. Registers: R + M - 1 packed rows of in, R of x, M of numbers, and if Gradient the
@@ -432,81 +438,76 @@ __device__ void end_group_of_copies() {
 
 template <class V> __device__ V at(const unsigned char* p) { return *reinterpret_cast<const V*>(p); }
 
-// How a launch marches over its planes, in channels_last at stride 1.
+// How a launch marches over its planes at stride 1.
 struct March : Pass {
   int column_begin;                    // where in out the rows that are walked begin: beyond its own where a bias gradient wants that
-  int columns, images;                 // numbers of them, of so many images side by side
+  int columns, images;                 // numbers of them, of so many images side by side; contiguous, of so many planes, of neighbouring channels
   Divisor row;                         // numbers of one of them
   int in_shift;                        // number of in that meets number 0 of out
   Divisor channels, dilation, residues;  // rows of one residue class modulo the dilation form a plane of their own
-  int planes, band_rows;
-  Divisor tiles, bands;                // a block keeps its tile of columns and its band of rows; the planes are dealt to `splits` blocks
+  int planes, band_rows;               // `images` at once, of all residue classes
+  Divisor tiles, group_tiles, bands;   // a block keeps its tile of columns (of `group_tiles` of the same channels) and its band of rows; the planes are dealt to `splits` blocks
   int splits;
 };
 
 constexpr int march_threads = 128;
 template <int V> constexpr int march_pitch = march_threads * V + 4;  // of its sums, for different banks
 template <int M> constexpr int march_slots = M < 7 ? 2 * M : M;
-// V, and blocks of a multiprocessor, for which registers have room.
-constexpr int march_vector(int size, int M, bool gradient) {
+// V, and blocks of a multiprocessor, for which registers and shared memory have room.
+constexpr int march_vector(int size, int M, bool channels_last, bool gradient) {
+  if (!channels_last) return 16 / size;
   return (gradient ? M > 7 ? 2 * size : M > 3 ? 4 * size : 16 : M > 21 ? 8 : M > 7 ? 4 * size : 16) / size;
 }
-constexpr int march_blocks(int M, int V, bool gradient) {
-  const int numbers = M * V * (gradient ? 3 : 2);
-  return numbers < 66 ? 4 : numbers <= (gradient ? 120 : 130) ? 3 : 2;
+constexpr int march_blocks(int M, int V, bool channels_last, bool gradient) {
+  const int numbers = M * (V + (channels_last ? V : 1) * (gradient ? 2 : 1));
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (!channels_last) return numbers < 66 ? 3 : 2;  // one more would spill
+#endif
+  return numbers < 66 ? 4 : numbers <= 120 ? 3 : 2;
 }
 
-// Adds up what a block has of the same channel, of each tap's sums [K + 1][pitch], in fixed order; `place` says of which channel the
-// first `channels` of its columns are, and whose of its blocks' sums these are, if any's.
-template <int columns, int pitch = columns, class Place> __device__ void sum_threads(const Pass& a, const float* sums, int channels, float* partial, const Place& place) {
-  __syncthreads();
-  for (int i = threadIdx.x; i < (a.K + 1) * channels; i += blockDim.x) {
-    const int first = i / (a.K + 1), k = i % (a.K + 1);
-    int c;
-    const int block = place(first, c);
-    double sum = 0;  // of hundreds, for few channels
-    for (int j = first; j < columns; j += channels) sum += sums[k * pitch + j];
-    if (block >= 0) partial[(int64_t(c) * a.blocks + block) * (a.K + 1) + k] = sum;
-  }
-}
-
-// For channels_last. Reads `in` (and x if Gradient) once but for the K - 1 rows where bands meet, writes out once. A thread marches over
-// V columns; rows of them lie in its own part of shared memory from asynchronous copy to use, `slots` - 1 rows later. Registers: M rows
-// and taps, all but `optional` of them there for sure, and if Gradient the sums of x * grad_output for each tap, and of grad_output.
+// Reads `in` (and x if Gradient) once but for the K - 1 rows where bands meet, writes out once. A thread marches over V columns, of one plane or
+// in channels_last of as many channels; rows of them lie in its own part of shared memory from asynchronous copy to use, `slots` - 1 rows
+// later. Registers: M rows and taps, and if Gradient the sums of x * grad_output for each tap, and of grad_output. Of taps beyond K, `optional`
+// ones are left out by a branch for each, which by measurement costs more than it saves elsewhere.
 // Every other band is marched over upwards: where bands meet, blocks read the same rows at the same time, and L2 has them.
 //
-// Rows outside the plane are zeros: where a tap is not finite, the thread's columns are done again from the definition; sums that
-// become NaN because x is not finite, `reduce` repairs.
-template <class T, int V, int M, bool Gradient>
-__global__ void __launch_bounds__(march_threads, march_blocks(M, V, Gradient))
+// Rows outside the plane are zeros, and so are taps beyond K: where a tap or a result is not finite, the thread's columns are done again from
+// the definition; sums that become NaN because x is not finite, `reduce` repairs.
+template <class T, int V, int M, bool ChannelsLast, bool Gradient>
+__global__ void __launch_bounds__(march_threads, march_blocks(M, V, ChannelsLast, Gradient))
 march(const __grid_constant__ March a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
       const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
 #if __CUDA_ARCH__ >= 800
-  constexpr int bytes = sizeof(T) * V, slots = march_slots<M>, slot_bytes = march_threads * bytes * (Gradient ? 2 : 1);
-  constexpr int optional = M == 3 ? 2 : M == 7 ? 3 : M == 11 ? 3 : 9;
+  constexpr int Vw = ChannelsLast ? V : 1, bytes = sizeof(T) * V, slots = march_slots<M>, slot_bytes = march_threads * bytes * (Gradient ? 2 : 1);
+  constexpr int optional = M == 3 ? 2 : Gradient && M > 11 ? 9 : Gradient || M > 11 ? 0 : 3;
   extern __shared__ __align__(128) unsigned char shared[];
   const int K = a.K, d = a.dilation.divisor;
   int tile, band, c;
-  const int split = a.bands(a.tiles(blockIdx.x, tile), band), first_column = tile * march_threads * V;
+  const int split = a.bands(a.tiles(blockIdx.x, tile), band), first_channel = ChannelsLast ? 0 : a.group_tiles(tile, tile) * a.images, first_column = tile * march_threads * V;
   const int walked = first_column + threadIdx.x * V, image = a.row(walked, c), column = a.column_begin + c, in_column = column + a.in_shift;
-  const bool busy = walked < a.columns, owned = busy && column >= 0 && column < int(a.out_columns), reached = busy && in_column >= 0 && in_column < int(a.in_columns);
+  const bool busy = walked < a.columns && (ChannelsLast || first_channel + image < a.C), owned = busy && column >= 0 && column < int(a.out_columns), reached = busy && in_column >= 0 && in_column < int(a.in_columns);
   const bool up = band % 2;
   const int row_step = up ? -d : d;
   const int64_t in_step = int64_t(row_step) * a.in_columns, out_step = int64_t(row_step) * a.out_columns;
-  a.channels(walked, c);
+  const auto channel = [&](int v) {
+    int c = first_channel + image;
+    if (ChannelsLast) a.channels(walked + v, c);
+    return c;
+  };
   const int64_t image_in = image * a.in_plane + in_column, image_out = image * a.out_plane + column;
 #if __CUDA_ARCH__ >= 900
   if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
 #endif
 
   const bool reversed = Gradient != up;  // Row m of the window, the latest M, meets tap m - (M - K), in reversed order if the march is transposed or upwards, but not if both.
-  float taps[M][V], dots[M][V], window[M][V], initial[V], bias_sum[V];
+  float taps[M][Vw], dots[M][Vw], window[M][V], initial[Vw], bias_sum[Vw];
   bool finite = true;
   unsigned char* const mine = shared + threadIdx.x * bytes;
   for (int plane = split; plane < a.planes; plane += a.splits) {
     // Step i meets row in_row + i * row_step, and from i = K - 1 on makes row out_row + (i - K + 1) * row_step.
     int out_row;
-    const int n = a.residues(plane, out_row) * a.images;
+    const int n = a.residues(plane, out_row) * (ChannelsLast ? a.images : a.C) + first_channel;
     out_row += band * a.band_rows * d;
     const int rows = max(min(a.band_rows, a.dilation.steps(a.out_rows - out_row)), 0), steps = rows ? rows + K - 1 : 0;
     if (up) out_row += (rows - 1) * d;
@@ -524,40 +525,38 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
 #pragma unroll 1
     for (int i = 0; i < slots - 1; ++i) fetch(i, i);
     if (plane == split) {  // while the first copies are under way
-      if (weight && busy && K == M && a.C % V == 0 && reinterpret_cast<uintptr_t>(weight) % bytes == 0) {  // by vectors
+      if (ChannelsLast && weight && busy && K == M && a.C % V == 0 && reinterpret_cast<uintptr_t>(weight) % bytes == 0) {  // by vectors
         Packed<T, V> raw[M];
 #pragma unroll
-        for (int m = 0; m < M; ++m) raw[m] = load<V>(weight + c * M + m * V);
+        for (int m = 0; m < M; ++m) raw[m] = load<V>(weight + channel(0) * M + m * V);
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
-          for (int v = 0; v < V; ++v) {
+          for (int v = 0; v < Vw; ++v) {
             const int i = v * M + m, j = v * M + M - 1 - m;
             taps[m][v] = widen(reversed ? raw[j / V].at[j % V] : raw[i / V].at[i % V]);
           }
       } else {
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          int channel;
-          a.channels(walked + v, channel);
+        for (int v = 0; v < Vw; ++v)
 #pragma unroll
-          for (int m = 0; m < M; ++m) taps[m][v] = weight && busy && m >= M - K ? widen(weight[channel * K + (reversed ? M - 1 - m : m - (M - K))]) : 0;
-        }
+          for (int m = 0; m < M; ++m) taps[m][v] = weight && busy && m >= M - K ? widen(weight[channel(v) * K + (reversed ? M - 1 - m : m - (M - K))]) : 0;
       }
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        int channel;
-        a.channels(walked + v, channel);
-        initial[v] = !Gradient && bias && busy ? widen(bias[channel]) : 0, bias_sum[v] = 0;
+      for (int v = 0; v < Vw; ++v) {
+        initial[v] = !Gradient && bias && busy ? widen(bias[channel(v)]) : 0, bias_sum[v] = 0;
 #pragma unroll
         for (int m = 0; m < M; ++m) dots[m][v] = 0, finite = finite && isfinite(taps[m][v]);
       }
+#pragma unroll
+      for (int i = 0; !optional && i < M * V; ++i) window[i / V][i % V] = 0;
     }
     // Rows of grad_output that count here: all of the first band, later the K - 1 rows above are another's.
     const int bias_begin = band == 0 || up ? 0 : K - 1, bias_end = band == 0 || !up ? steps : rows;
     T* to = out + out_at;
+    float spoiled = 0;  // by an infinity or NaN, maybe
     int half = 0;  // of slots
-    for (int i = 0; i < steps;) {
+    for (int i = 0; steps;) {
 #pragma unroll
       for (int u = 0; u < M; ++u) {
         await_copies<slots - 2>();
@@ -568,40 +567,42 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
         fetch(i + slots - 1, u ? half + u - 1 : (half ? half : slots) - 1);
         if (Gradient && i >= bias_begin && i < bias_end) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) bias_sum[v] += window[u][v];
+          for (int v = 0; v < V; ++v) bias_sum[v % Vw] += window[u][v];
         }
         if (i >= K - 1) {
           float acc[V];
 #pragma unroll
-          for (int v = 0; v < V; ++v) acc[v] = initial[v];
+          for (int v = 0; v < V; ++v) acc[v] = initial[v % Vw];
 #pragma unroll
           for (int m = 0; m < M; ++m) {
             if (m < optional && m < M - K) continue;
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              acc[v] += taps[m][v] * window[(u + 1 + m) % M][v];
-              if (Gradient) dots[m][v] += own[v] * window[(u + 1 + m) % M][v];
+              acc[v] += taps[m][v % Vw] * window[(u + 1 + m) % M][v];
+              if (Gradient) dots[m][v % Vw] += own[v] * window[(u + 1 + m) % M][v];
             }
           }
+#pragma unroll
+          for (int v = 0; v < V; ++v) spoiled += optional ? 0 : acc[v] * 0;
           if (owned && out) store<V>(to, pack<T, V>(acc));
           to += out_step;
         }
-        if (++i == steps) break;
+        if (++i == steps) goto marched;
       }
       if (slots > M) half = M - half;
     }
+  marched:
     await_copies<0>();  // before others to the same place
 
-    if (!finite && owned && out)
+    if (!(finite && spoiled == 0) && owned && out)
       for (int r = 0; r < rows; ++r)
         for (int v = 0; v < V; ++v) {
-          int channel;
-          a.channels(walked + v, channel);
-          float sum = !Gradient && bias ? widen(bias[channel]) : 0;
+          const int c = channel(v);
+          float sum = !Gradient && bias ? widen(bias[c]) : 0;
           for (int k = 0; k < K; ++k) {
             const int row = out_row + r * row_step + a.row_shift + k * d;
             if (reached && row >= 0 && row < a.in_rows)
-              sum += widen(weight[channel * K + (Gradient ? K - 1 - k : k)]) * widen(in[n * a.in_plane + int64_t(row) * a.in_columns + image_in + v]);
+              sum += widen(weight[c * K + (Gradient ? K - 1 - k : k)]) * widen(in[n * a.in_plane + int64_t(row) * a.in_columns + image_in + v]);
           }
           out[out_at + r * out_step + v] = narrow<T>(sum);
         }
@@ -609,16 +610,19 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
 
   if (Gradient && partial) {
     __syncthreads();
-    constexpr int columns = march_threads * V, pitch = march_pitch<V>;
+    constexpr int pitch = march_pitch<Vw>;
     float* const sums = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int m = -1; m < M; ++m)
       if (m < 0 || m >= M - K)
-        store<V>(sums + (m < 0 ? K : reversed ? M - 1 - m : m - (M - K)) * pitch + threadIdx.x * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
-    const int channels = min(a.C, columns);
-    sum_threads<columns, pitch>(a, sums, channels, partial, [&](int first, int& c) {
-      const int pixel = a.channels(first_column + first, c), whole = channels == a.C;
-      return whole || first_column + first < a.columns ? ((whole ? tile : pixel) * int(a.bands.divisor) + band) * a.splits + split : -1;
+        store<Vw>(sums + (m < 0 ? K : reversed ? M - 1 - m : m - (M - K)) * pitch + threadIdx.x * Vw, reinterpret_cast<Packed<float, Vw>&>(m < 0 ? bias_sum : dots[m]));
+    // Contiguous: of each plane side by side, or of a part of one.
+    const int each = a.group_tiles.divisor > 1 ? march_threads : a.row.divisor / V;
+    const int columns = ChannelsLast ? march_threads * V : each * a.images, channels = ChannelsLast ? min(a.C, columns) : a.images;
+    sum_threads<ChannelsLast>(a, sums, K + 1, pitch, columns, channels, partial, [&](int first, int& c) {
+      c = first_channel + first / each;
+      const int pixel = ChannelsLast ? a.channels(first_column + first, c) : 0, whole = !ChannelsLast || channels == a.C;
+      return c < a.C && (whole || first_column + first < a.columns) ? ((whole ? tile : pixel) * int(a.bands.divisor) + band) * a.splits + split : -1;
     });
   }
 #endif
@@ -729,7 +733,7 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
       if (m < 0 || (k >= 0 && k < K))
         store<V>(sums + ((m < 0 ? K : K - 1 - k) * low_threads + threadIdx.x) * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
     }
-    sum_threads<low_threads * V>(a, sums, 32 * V, partial, [&](int first, int& c) { return (c = first_channel + first) < a.C ? split : -1; });
+    sum_threads<true>(a, sums, K + 1, low_threads * V, low_threads * V, 32 * V, partial, [&](int first, int& c) { return (c = first_channel + first) < a.C ? split : -1; });
   }
 }
 
@@ -1924,25 +1928,20 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     if (out && manages) store_numbers(out + k.out_at, out_slot, k.out_skipped, k.out_numbers, threadIdx.x % 32);
   }
   if (leads) await_stores_read();  // before the block gives up its shared memory or uses it otherwise
-  if (Gradient && partial) {  // over the threads of a plane, in fixed order
+  if (Gradient && partial) {
     __syncthreads();
     float* const all = reinterpret_cast<float*>(shared + a.slots_at);
-    const int width = min(tx, 32);
-    const auto put = [&](int k, float sum) {
-      for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-      if ((lane & (width - 1)) == 0) all[k * bulk_threads + threadIdx.x] = sum;
-    };
+    const auto put = [&](int k, float sum) { all[k * bulk_threads + threadIdx.x] = sum; };
 #pragma unroll
     for (int m = 0; m < in_registers; ++m)
-      if (m < K) put(m, dots[m]);
-    for (int k = in_registers; k < K; ++k) put(k, sums[(k - in_registers) * bulk_threads]);
+      if (m < K) put(K - 1 - m, dots[m]);
+    for (int k = in_registers; k < K; ++k) put(K - 1 - k, sums[(k - in_registers) * bulk_threads]);
     put(K, bias_sum);
-    __syncthreads();
-    for (int i = lane; i <= K && plane < planes; i += tx) {
-      float sum = 0;
-      for (int t = 0; t < tx; t += width) sum += all[i * bulk_threads + plane * tx + t];
-      partial[(int64_t(first_channel + plane) * a.blocks + split) * (K + 1) + (i == K ? K : K - 1 - i)] = sum;
-    }
+    sum_threads<false>(a, all, K + 1, bulk_threads, bulk_threads, bulk_threads >> a.log2_tx, partial, [&](int first, int& c) {
+      const int plane = first >> a.log2_tx;
+      c = first_channel + plane;
+      return plane < planes ? split : -1;
+    });
   }
 #endif
 }
@@ -2082,23 +2081,17 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
     if (++slot == a.slots) slot = 0, phase ^= 1;
   }
   if (copier == 0) await_stores_read();  // before the block gives up its shared memory or uses it otherwise
-  if (Gradient && partial) {             // over the threads of a plane, in fixed order
+  if (Gradient && partial) {
     __syncthreads();
     float* const all = reinterpret_cast<float*>(shared);  // [K + 1][threads]
+    const auto put = [&](int k, float sum) { all[k * blockDim.x + threadIdx.x] = sum; };
+    for (int k = 0; !Gaps && k < K; ++k) put(k, 0);  // taps that meet no row
 #pragma unroll
     for (int m = 0; m < M; ++m)
-      if (uint32_t(m + first_tap) < uint32_t(K)) all[(m + first_tap) * blockDim.x + threadIdx.x] = dots[m];
-    all[K * blockDim.x + threadIdx.x] = bias_sum;
-    __syncthreads();
-    const int threads = a.threads.divisor, width = threads > 32 ? 32 : 1, lane = threadIdx.x & (width - 1);  // width: lanes for a sum
-    for (int i = threadIdx.x / width; i < planes * (K + 1); i += blockDim.x / width) {
-      const int of = i / (K + 1), k = i % (K + 1);
-      double sum = 0;
-      if (k == K || uint32_t(k - first_tap) < uint32_t(M))  // else it meets no row
-        for (int t = lane; t < threads; t += width) sum += all[k * blockDim.x + of * threads + t];
-      for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-      if (lane == 0) partial[(int64_t(first_channel + of) * a.blocks + split) * (K + 1) + (k == K ? K : K - 1 - k)] = sum;
-    }
+      if (uint32_t(m + first_tap) < uint32_t(K)) put(K - 1 - m - first_tap, dots[m]);
+    put(K, bias_sum);
+    const int threads = a.threads.divisor;
+    sum_threads<false>(a, all, K + 1, blockDim.x, planes * threads, planes, partial, [&](int first, int& c) { return c = first_channel + first / threads, split; });
   }
 #endif
 }
@@ -2291,7 +2284,6 @@ template <class T, int M, bool ChannelsLast, bool Gradient = false> Outcome slid
 template <class T> Outcome launch_slide(const Call& c) {
   const bool last = c.p.channels_last;
   if constexpr (sizeof(T) == 4) {
-    if (c.transposed) return (c.p.K == 7 ? slide_by<T, 7, false, true> : slide_by<T, 11, false, true>)(c);
     if (c.p.K == 11) return slide_by<T, 11, false>(c);
     if (c.p.K == 7) return (last ? slide_by<T, 7, true> : slide_by<T, 7, false>)(c);
     if (c.p.K == 5) return slide_by<T, 5, true>(c);
@@ -2310,32 +2302,34 @@ template <class T, int V, int M> Outcome launch_walk(const Call& c) {
   return {};
 }
 
-template <class T, int V, int M, bool Gradient> Plan<March> march_plan(const Call& c) {
+template <class T, int V, int M, bool ChannelsLast, bool Gradient> Plan<March> march_plan(const Call& c) {
   const Problem& p = c.p;
   Plan<March> plan{{make_pass(c)}};
   March& a = plan.a;
   const int64_t walked = a.has_bias_sum ? p.W_out : a.out_width;
-  int64_t images = 1, tiles = 1;  // as few images side by side as fill tiles
+  const int64_t pixel = ChannelsLast ? p.C : 1, tile = march_threads * V;
+  int64_t images = 1, group_tiles = 1;  // as few images side by side as fill tiles; contiguous, planes that fill a tile
   double filled = 0;
-  for (int64_t i = 1; i <= smaller(p.N, 32) && filled < .8; ++i) {
-    const int64_t needed = ceil_div(i * walked * p.C, march_threads * V);
-    const double fills = double(i * walked * p.C) / (needed * march_threads * V);
-    if (p.N % i == 0 && fills > filled) images = i, tiles = needed, filled = fills;
+  for (int64_t i = 1; i <= (ChannelsLast ? smaller(p.N, 32) : larger(smaller(p.C, tile / walked), 1)) && filled < .8; ++i) {
+    const int64_t needed = ceil_div(i * walked * pixel, tile);
+    const double fills = double(i * walked * pixel) / (needed * tile) * (ChannelsLast ? 1 : double(p.C) / round_up(p.C, i));
+    if ((!ChannelsLast || p.N % i == 0) && fills > filled) images = i, group_tiles = needed, filled = fills;
   }
-  const int64_t longest = ceil_div(a.out_rows, p.dilation), residues = smaller(p.dilation, a.out_rows), planes = p.N / images * residues;
+  const int64_t longest = ceil_div(a.out_rows, p.dilation), residues = smaller(p.dilation, a.out_rows), planes = (ChannelsLast ? p.N / images : p.N) * residues;
+  const int64_t tiles = ChannelsLast ? group_tiles : group_tiles * ceil_div(p.C, images);
   // 32-bit indices
-  plan.applies = p.K <= M && c.transposed == Gradient && alignment(c) >= V * sizeof(T) && all_below(1 << 30, p.N * a.out_rows * tiles, (tiles + 1) * march_threads * V, p.C * p.K, p.H + 2 * p.padding_h + (p.K + 32) * p.dilation) &&
+  plan.applies = p.K <= M && c.transposed == Gradient && alignment(c) >= V * sizeof(T) && all_below(1 << 30, p.N * a.out_rows * tiles, p.N * p.C, (tiles + 1) * tile, p.C * p.K, p.H + 2 * p.padding_h + (p.K + 32) * p.dilation) &&
                  sees_grad_output(a) && filled >= .5;
   if (!plan.applies) return plan;
-  a.column_begin = a.has_bias_sum ? -p.padding_w * p.C : 0, a.columns = images * walked * p.C, a.images = images, a.row = walked * p.C, a.in_shift = a.column_shift * p.C;
-  a.channels = p.C, a.tiles = tiles, a.dilation = p.dilation, a.residues = residues, a.planes = planes;
+  a.column_begin = a.has_bias_sum ? -p.padding_w * pixel : 0, a.columns = images * walked * pixel, a.images = images, a.row = walked * pixel, a.in_shift = a.column_shift * pixel;
+  a.channels = p.C, a.tiles = tiles, a.group_tiles = group_tiles, a.dilation = p.dilation, a.residues = residues, a.planes = planes;
   plan.threads = march_threads;
-  plan.shared = larger(march_threads * V * sizeof(T) * (Gradient ? 2 : 1) * march_slots<M>, Gradient ? march_pitch<V> * sizeof(float) * (p.K + 1) : 0);
+  plan.shared = larger(march_threads * V * sizeof(T) * (Gradient ? 2 : 1) * march_slots<M>, Gradient ? march_pitch<ChannelsLast ? V : 1> * sizeof(float) * (p.K + 1) : 0);
 
   // As few bands as keep 8 warps of a multiprocessor busy: rows where they meet are read twice. Costs are in rows.
   const Device& device = current_device();
-  const int64_t resident = smaller(march_blocks(M, V, Gradient), device.shared_per_multiprocessor / (plan.shared + 1024)), least = smaller(resident, M == 21 ? resident : 2);
-  const double ending = Gradient ? 4 + 5. * (p.K + 1) / sizeof(T) * fmin(1., double(p.C) / (march_threads * V)) : 0;  // writes the sums
+  const int64_t resident = smaller(march_blocks(M, V, ChannelsLast, Gradient), device.shared_per_multiprocessor / (plan.shared + 1024)), least = smaller(resident, M == 21 || !(Gradient || ChannelsLast) ? resident : 2);
+  const double ending = Gradient ? 4 + 5. * (p.K + 1) / sizeof(T) * fmin(1., double(ChannelsLast ? p.C : images) / tile) : 0;  // writes the sums
   double best = 1e30;
   for (int64_t bands = 1; bands <= smaller(longest, 64); ++bands) {
     const int64_t band_rows = ceil_div(longest, bands);
@@ -2347,26 +2341,33 @@ template <class T, int V, int M, bool Gradient> Plan<March> march_plan(const Cal
       if (cost < best) best = cost, a.bands = bands, a.band_rows = band_rows, a.splits = splits, plan.blocks = tiles * bands * splits, a.blocks = bands * splits;
     }
   }
-  a.blocks *= p.C > march_threads * V ? images * walked : tiles;
+  a.blocks *= ChannelsLast && p.C > tile ? images * walked : group_tiles;
   plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = a.has_dots};
   return plan;
 }
 
-template <class T, int M, bool Gradient> Outcome march_by(const Call& c) {
-  constexpr int V = march_vector(sizeof(T), M, Gradient);
-  const Plan<March> plan = march_plan<T, V, M, Gradient>(c);
+template <class T, int M, bool ChannelsLast, bool Gradient> Outcome march_by(const Call& c) {
+  constexpr int V = march_vector(sizeof(T), M, ChannelsLast, Gradient);
+  const Plan<March> plan = march_plan<T, V, M, ChannelsLast, Gradient>(c);
   if (!plan.applies) return {};
-  return run<T>(march<T, V, M, Gradient>, plan, c, make_room<T>(plan, c));
+  return run<T>(march<T, V, M, ChannelsLast, Gradient>, plan, c, make_room<T>(plan, c));
 }
 
 template <class T> Outcome launch_march(const Call& c) {
-  const auto by = [&]<int M> { return (c.transposed ? march_by<T, M, true> : march_by<T, M, false>)(c); };
-  if (c.p.K <= 3) return march_by<T, 3, true>(c);
+  const auto by = [&]<int M> { return (c.transposed ? march_by<T, M, false, true> : march_by<T, M, false, false>)(c); };
+  if constexpr (sizeof(T) == 2) return by.template operator()<7>();
+  else if (c.p.K <= 7) return march_by<T, 7, false, true>(c);
+  else return c.p.K <= 11 ? by.template operator()<11>() : by.template operator()<21>();
+}
+
+template <class T> Outcome launch_march_last(const Call& c) {
+  const auto by = [&]<int M> { return (c.transposed ? march_by<T, M, true, true> : march_by<T, M, true, false>)(c); };
+  if (c.p.K <= 3) return march_by<T, 3, true, true>(c);
   if (c.p.K <= 7) return by.template operator()<7>();
   if constexpr (sizeof(T) == 4) {
     if (c.p.K > 21) return by.template operator()<31>();
     if (c.p.K > 11) return by.template operator()<21>();
-  } else if (c.p.K > 11) return march_by<T, 21, false>(c);
+  } else if (c.p.K > 11) return march_by<T, 21, true, false>(c);
   return by.template operator()<11>();
 }
 
@@ -2459,8 +2460,8 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   // As few bands as keep the device busy: their first steps read rows of the band before. Costs are in quarters of a step.
   // More waves than needed: smaller blocks, which the device starts in the order of memory, share what they read of it.
   const int at_once = a.groups * a.side;
-  const int64_t least = gradient || !aligned ? 1 : size == 4 ? 4 : 2, blocks = device.multiprocessors * resident(at_once);
-  const int64_t steps = ceil_div(ceil_div(a.out_rows, p.dilation), step), sides = ceil_div(lines, a.side);
+  const int64_t blocks = device.multiprocessors * resident(at_once), steps = ceil_div(ceil_div(a.out_rows, p.dilation), step), sides = ceil_div(lines, a.side);
+  const int64_t least = gradient || !aligned || (last && a.sets * sides * steps < 8 * blocks) ? 1 : size == 4 ? 4 : 2;
   int64_t best = INT64_MAX;
   for (int64_t bands = 1; bands <= smaller(steps, 64); ++bands) {
     const int64_t band_steps = ceil_div(steps, bands), units = sides * residues * ceil_div(steps, band_steps);
@@ -2610,7 +2611,7 @@ template <class T> Outcome launch_planes(const Call& c) {
 
 // Launchers by type; walk_3: up to 3 taps, vectors of 16 bytes; walk_4: vectors of 4 numbers.
 using Attempt = Outcome(const Call&);
-Attempt planes_f32, planes_f16, planes_bf16, slide_f32, slide_f16, slide_bf16, low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
+Attempt planes_f32, planes_f16, planes_bf16, slide_f32, slide_f16, slide_bf16, low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, march_last_f32, march_last_f16, march_last_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
     walk_3_f32, walk_3_f16, walk_3_bf16, walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
 // ---- end of what is compiled with each of the following parts, side by side ----
 
@@ -2681,15 +2682,17 @@ const char* launch(const Call& c) {
       {f64, walk_f64},
       {stretches && dense && p.H * p.W < 4096 && (p.K < (f32 ? 22 : p.H * p.W < 1600 || (back && p.H % 14 == 0) ? 12 : 8) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
       {dense && last && !f64 && (p.H == 7 || (p.H > 7 && p.H < 17 && (back || p.K > 5))), by_type(low_f32, low_f16, low_bf16)},
-      {stretches && f32 && !back && aligned && dense && p.K > 8 && p.K < 28 && p.H * p.W >= 1024 && p.H * p.W < 3584, bulk},
+      {stretches && f32 && !back && aligned && dense && p.K > 8 && p.K < 28 && p.H * p.W >= 1024 && p.H * p.W < 3136, bulk},
       {aligned && dense && last && !back && (p.K == 3 || p.K == 5 || (f32 && p.K == 7 && H >= 24)), slide},
-      {aligned && dense && !last && !back && (f32 ? H >= 64 && (p.K == 3 || p.K == 7 || p.K == 11) : p.K == 3 || (p.K == 5 && H >= 192)), slide},
+      {aligned && dense && !last && !back && (f32 ? H >= 64 && (p.K == 3 || p.K == 7 || (p.K == 11 && p.W % 128 == 0)) : p.K == 3 || (p.K == 5 && H >= 192)), slide},
+      {capability >= 8 && f32 && aligned && dense && !last && H > 23 && p.H * p.W >= (back ? 2304 : 3136) && p.K > (back ? 3 : 7) && p.K < 22, march_f32},
+      {capability >= 8 && two_bytes && aligned && dense && !last && H > 23 && p.K > 3 && p.K < 8 && (back ? H < 160 : p.dilation > 1 && !tiles(.75)), by_type(nullptr, march_f16, march_bf16)},
       {two_bytes && last && tiles(.33) && p.K > (back && H >= 96 ? 7 : 11), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
-      {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H > (f32 ? 23 : 16) : p.K > 3), by_type(march_f32, march_f16, march_bf16)},
+      {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H > (f32 ? 23 : 16) : p.K > 3), by_type(march_last_f32, march_last_f16, march_last_bf16)},
       {f32 && !last && p.K > 13 && (back ? tiles(.6) : H >= 64 && tiles(.9)), toeplitz_f32},
       {stretches && two_bytes && (!aligned || (p.K > 3 && p.H * p.W < 1024)) && p.K <= (p.H * p.W < 1024 ? 32 : p.W <= 256 ? 7 : 16), bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
-      {aligned && dense && !last && back && (f32 ? H >= 64 && (p.K == 7 || p.K == 11) : H >= 192 && p.K == 3), slide},
+      {two_bytes && aligned && dense && !last && back && H >= 192 && p.K == 3, slide},
       {stretches && two_bytes && back && p.K <= 3, bulk},
       {stretches && f32 && !back && dense && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
       {f32 && !last && p.K > 21 && tiles(.33), toeplitz_f32},
@@ -2737,9 +2740,13 @@ Outcome toeplitz_last_f16(const Call& c) { return launch_toeplitz_last<f16>(c); 
 Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<bf16>(c); }
 // ---- end of a part ----
 Outcome march_f32(const Call& c) { return launch_march<float>(c); }
-// ---- end of a part ----
 Outcome march_f16(const Call& c) { return launch_march<f16>(c); }
 Outcome march_bf16(const Call& c) { return launch_march<bf16>(c); }
+// ---- end of a part ----
+Outcome march_last_f32(const Call& c) { return launch_march_last<float>(c); }
+// ---- end of a part ----
+Outcome march_last_f16(const Call& c) { return launch_march_last<f16>(c); }
+Outcome march_last_bf16(const Call& c) { return launch_march_last<bf16>(c); }
 // ---- end of a part ----
 Outcome planes_f32(const Call& c) { return launch_planes<float>(c); }
 // ---- end of a part ----
