@@ -1075,7 +1075,7 @@ Problem check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
               "Kernel size can't be greater than actual input size");
   // nn.Conv2d's rule: the output is channels_last if the input or the weight is; but not float64 on a GPU.
   auto last = MemoryFormat::ChannelsLast;
-  return {s[0], s[1], s[2], s[3], (H - reach) / stride[0] + 1, (W - 1) / stride[1] + 1, w[2], stride[0], stride[1], padding[2], padding[0], dilation,
+  return {s[0], s[1], s[2], s[3], (H - reach) / stride[0] + 1, (W - 1) / stride[1] + 1, w[2], stride[0], stride[1], padding[2], padding[0], w[2] > 1 ? dilation : 1,
           type == at::kFloat ? Type::f32 : type == at::kDouble ? Type::f64 : type == at::kHalf ? Type::f16 : Type::bf16,
           (x.suggest_memory_format() == last || weight.suggest_memory_format() == last) && !(x.is_cuda() && type == at::kDouble)};
 }

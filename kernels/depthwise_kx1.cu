@@ -140,7 +140,7 @@ __device__ void sum_threads(const Pass& a, const S* sums, int rows, int pitch, i
     const int first = i / rows * each, k = i % rows, end = InTurn ? columns : first + each;
     double sum = 0;  // of hundreds, for few channels
     for (int j = first + lane * stride; j < end; j += width * stride) sum += sums[k * pitch + j];
-    for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(0xffff << (threadIdx.x & 16), sum, o);  // half a warp: the other may have no sum left
     int c;
     const int64_t block = place(first, c);
     if (lane == 0 && block >= 0) partial[(c * a.blocks + block) * rows + k] = sum;
