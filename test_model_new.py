@@ -202,13 +202,13 @@ def each(device, cases=CASES, dtype=torch.float32):
 
 def error(result, exact, least):
     """Relative to the norm of exact, or to least if that is larger: where a sum cancels, any rounding is large beside it.
-    Of many numbers also the largest error of a single one. Beyond the type's range infinity is exact. On the CPU: what tools
-    like compute-sanitizer watch is slow on a GPU, and initcheck, which does not see what the bulk copy engine stores, would report
-    any kernel that reads it."""
+    Of many numbers also the largest error of a single one, beside the root mean square of those that are not zero. Beyond the
+    type's range infinity is exact. On the CPU: what tools like compute-sanitizer watch is slow on a GPU, and initcheck, which
+    does not see what the bulk copy engine stores, would report any kernel that reads it."""
     most = torch.finfo(result.dtype).max
     exact = exact.cpu().clamp(-most, most)
     difference, norm = result.cpu().double().clamp(-most, most) - exact, max(exact.norm().item(), least)
-    single = (difference.abs() / (exact.abs() + norm / math.sqrt(exact.numel()))).max().item() if exact.numel() > 1000 and norm else 0.0
+    single = (difference.abs() / (exact.abs() + norm / math.sqrt(exact.count_nonzero()))).max().item() if exact.numel() > 1000 and exact.any() else 0.0
     difference = difference.norm().item()
     return difference if difference == 0 else max(difference / norm, single) if norm > 0 else math.inf
 
