@@ -22,7 +22,8 @@ struct Call {
   void* (*scratch)(size_t bytes, void* context);  // called at most once, for gradients of weight and bias: memory until the stream has passed
   void *context, *stream;
 };
-const char* launch(const Call&);  // asynchronous; null or what went wrong
+const char* launch(const Call&);  // asynchronous; null, what went wrong, or:
+inline constexpr char contiguous_is_faster[] = "nothing is done: contiguous copies take less time than these channels_last tensors";
 
 // CPU kernels
 void cpu_forward(const Problem&, const void* x, const void* weight, const void* bias, void* y);
@@ -1085,16 +1086,18 @@ Problem plainest(Problem p) { return p.channels_last = p.channels_last && p.C > 
 const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 void* mutable_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
-// On is what differs between CPU and CUDA.
+// On is what differs between CPU and CUDA. Its forward and backward are false if contiguous copies are to be given instead.
 template <class On>
 Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding, int64_t dilation) {
   Problem p = check(x, weight, bias, stride, padding, dilation);
+  const MemoryFormat result = format(p);
   On on(x);
-  Tensor y = on.empty({p.N, p.C, p.H_out, p.W_out}, x.scalar_type(), format(p));
-  if (y.numel() == 0) return y;
-  Tensor xd = x.contiguous(format(p)), w = weight.contiguous(), b = bias ? bias->contiguous() : Tensor();
-  on.forward(plainest(p), data(xd), data(w), data(b), mutable_data(y));
-  return y;
+  for (;; p.channels_last = false) {
+    Tensor y = on.empty({p.N, p.C, p.H_out, p.W_out}, x.scalar_type(), format(p));
+    if (y.numel() == 0) return y;
+    Tensor xd = x.contiguous(format(p)), w = weight.contiguous(), b = bias ? bias->contiguous() : Tensor();
+    if (on.forward(plainest(p), data(xd), data(w), data(b), mutable_data(y))) return format(p) == result ? y : y.clone(result);
+  }
 }
 
 template <class On>
@@ -1105,26 +1108,30 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   check_like("grad_output", grad_output, x);
   require(grad_output.sizes() == at::IntArrayRef(out), "Expected grad_output of size ", at::IntArrayRef(out),
               ", but got grad_output of size: ", grad_output.sizes());
+  const MemoryFormat result = format(p);
   On on(x);
   Tensor grad_x, grad_weight, grad_bias;
-  if (mask[0]) grad_x = on.empty(x.sizes(), x.scalar_type(), format(p));
   if (mask[1]) grad_weight = on.empty(weight.sizes(), x.scalar_type(), MemoryFormat::Contiguous);
   if (mask[2]) grad_bias = on.empty({p.C}, x.scalar_type(), MemoryFormat::Contiguous);
-  if (grad_output.numel() == 0) {
-    if (mask[1]) grad_weight.zero_();
-    if (mask[2]) grad_bias.zero_();
-  } else if (mask[0] || mask[1] || mask[2]) {
+  for (;; p.channels_last = false) {
+    if (mask[0]) grad_x = on.empty(x.sizes(), x.scalar_type(), format(p));
+    if (grad_output.numel() == 0) {
+      if (mask[1]) grad_weight.zero_();
+      if (mask[2]) grad_bias.zero_();
+      break;
+    }
+    if (!mask[0] && !mask[1] && !mask[2]) break;
     Tensor g = grad_output.contiguous(format(p)), w = mask[0] ? weight.contiguous() : Tensor(), xd = mask[1] ? x.contiguous(format(p)) : Tensor();
-    on.backward(plainest(p), data(g), data(xd), data(w), mutable_data(grad_x), mutable_data(grad_weight), mutable_data(grad_bias));
+    if (on.backward(plainest(p), data(g), data(xd), data(w), mutable_data(grad_x), mutable_data(grad_weight), mutable_data(grad_bias))) break;
   }
-  return {grad_x, grad_weight, grad_bias};
+  return {mask[0] && format(p) != result ? grad_x.clone(result) : grad_x, grad_weight, grad_bias};
 }
 
 struct OnCPU {
   explicit OnCPU(const Tensor&) {}
   static Tensor empty(at::IntArrayRef size, at::ScalarType type, MemoryFormat format) { return Tensor(at::detail::empty_cpu(size, type, false, format)); }
-  static constexpr auto forward = cpu_forward;
-  static constexpr auto backward = cpu_backward;
+  static bool forward(auto... arguments) { return cpu_forward(arguments...), true; }
+  static bool backward(auto... arguments) { return cpu_backward(arguments...), true; }
 };
 
 #ifdef WITH_CUDA
@@ -1133,18 +1140,22 @@ struct OnCUDA {
   Tensor empty(at::IntArrayRef size, at::ScalarType type, MemoryFormat format) {
     return Tensor(at::detail::empty_cuda(size, type, guard.current_device(), format));
   }
-  void forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y) {
-    done(launch({.p = p, .in = x, .weight = weight, .bias = bias, .out = y, .stream = stream}));
+  bool forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y) {
+    return done(launch({.p = p, .in = x, .weight = weight, .bias = bias, .out = y, .stream = stream}));
   }
-  void backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_x, void* grad_weight, void* grad_bias) {
+  bool backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_x, void* grad_weight, void* grad_bias) {
     const auto allocate = [](size_t bytes, void* self) {
       auto& on = *static_cast<OnCUDA*>(self);
       on.scratch = on.empty({int64_t(bytes)}, at::kByte, MemoryFormat::Contiguous);
       return on.scratch.mutable_data_ptr();
     };
-    done(launch({p, true, grad_output, x, weight, nullptr, grad_x, grad_weight, grad_bias, allocate, this, stream}));
+    return done(launch({p, true, grad_output, x, weight, nullptr, grad_x, grad_weight, grad_bias, allocate, this, stream}));
   }
-  static void done(const char* error) { require(!error, "depthwise_kx1: ", error ? error : ""); }
+  static bool done(const char* error) {
+    if (error == contiguous_is_faster) return false;
+    require(!error, "depthwise_kx1: ", error ? error : "");
+    return true;
+  }
   c10::cuda::CUDAGuard guard;
   cudaStream_t stream;
   Tensor scratch;

@@ -451,8 +451,8 @@ struct March : Pass {
 };
 
 constexpr int march_threads = 128;
-template <int V> constexpr int march_pitch = march_threads * V + 4;  // of its sums, for different banks
-template <int M> constexpr int march_slots = M < 7 ? 2 * M : M;
+__host__ __device__ constexpr int march_pitch(int V) { return march_threads * V + 4; }  // of its sums, for different banks
+__host__ __device__ constexpr int march_slots(int M) { return M < 7 ? 2 * M : M; }
 // V, and blocks of a multiprocessor, for which registers and shared memory have room.
 constexpr int march_vector(int size, int M, bool channels_last, bool gradient) {
   if (!channels_last) return 16 / size;
@@ -479,7 +479,7 @@ __global__ void __launch_bounds__(march_threads, march_blocks(M, V, ChannelsLast
 march(const __grid_constant__ March a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight,
       const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
 #if __CUDA_ARCH__ >= 800
-  constexpr int Vw = ChannelsLast ? V : 1, bytes = sizeof(T) * V, slots = march_slots<M>, slot_bytes = march_threads * bytes * (Gradient ? 2 : 1);
+  constexpr int Vw = ChannelsLast ? V : 1, bytes = sizeof(T) * V, slots = march_slots(M), slot_bytes = march_threads * bytes * (Gradient ? 2 : 1);
   constexpr int optional = M == 3 ? 2 : Gradient && M > 11 ? 9 : Gradient || M > 11 ? 0 : 3;
   extern __shared__ __align__(128) unsigned char shared[];
   const int K = a.K, d = a.dilation.divisor;
@@ -610,7 +610,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
 
   if (Gradient && partial) {
     __syncthreads();
-    constexpr int pitch = march_pitch<Vw>;
+    constexpr int pitch = march_pitch(Vw);
     float* const sums = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int m = -1; m < M; ++m)
@@ -1685,8 +1685,8 @@ __device__ void show_to_copy_engine() {
 
 constexpr int bulk_threads = 256, bulk_slots = 2;
 // Of addresses in shared and global memory, which are congruent. (128 saves requests to L2; for float it is slower, by measurement.)
-template <class T> constexpr int bulk_modulus = sizeof(T) == 2 ? 128 : 16;
-template <class T> __device__ int skipped(const T* at) { return int(reinterpret_cast<uintptr_t>(at) % bulk_modulus<T> / sizeof(T)); }  // numbers before it
+__host__ __device__ constexpr int bulk_modulus(int size) { return size == 2 ? 128 : 16; }
+template <class T> __device__ int skipped(const T* at) { return int(reinterpret_cast<uintptr_t>(at) % bulk_modulus(sizeof(T)) / sizeof(T)); }  // numbers before it
 // Blocks of a multiprocessor, by registers: from compute capability 10.0 on, one more would spill.
 constexpr int bulk_blocks(bool gradient) {
 #if __CUDA_ARCH__ >= 1000
@@ -2176,75 +2176,76 @@ using Outcome = std::optional<const char*>;  // of an attempt: nothing if it doe
 const char* check(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 // Memory for the blocks' sums, if they are wanted.
-template <class T, class A> Sum<T>* make_room(const Plan<A>& plan, const Call& c) {
-  return c.grad_weight || c.grad_bias ? static_cast<Sum<T>*>(c.scratch(c.p.C * (plan.sums.dots + 1) * plan.sums.blocks * sizeof(Sum<T>), c.context)) : nullptr;
+void* make_room(const Sums& sums, const Call& c) {
+  return c.grad_weight || c.grad_bias ? c.scratch(c.p.C * (sums.dots + 1) * sums.blocks * larger(size_of(c.p.type), sizeof(float)), c.context) : nullptr;
 }
 
 // Leave for more than the 48 KB of shared memory that need none, with what kernels declare: for all there is, as other threads' launches
 // stand on it, and before the driver is asked how many blocks are resident, for without it that is none.
-template <class Kernel> const char* allow(Kernel* kernel, size_t shared) {
+const char* allow(const void* kernel, size_t shared) {
   return shared <= 47 << 10 ? nullptr : check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, current_device().shared_bytes));
 }
 
 // Launches the kernel; adds up the blocks' sums, if there are.
 template <class T, class A>
-const char* run(void (*kernel)(A, const T*, const T*, const T*, const T*, T*, Sum<T>*), const Plan<A>& plan, const Call& c, Sum<T>* partial) {
+const char* run(void (*kernel)(A, const T*, const T*, const T*, const T*, T*, Sum<T>*), const Plan<A>& plan, const Call& c, void* partial) {
   const auto in = static_cast<const T*>(c.in), x = static_cast<const T*>(c.x);
   const auto stream = static_cast<cudaStream_t>(c.stream);
-  if (const char* error = allow(kernel, plan.shared)) return error;
-  kernel<<<plan.blocks, plan.threads, plan.shared, stream>>>(plan.a, in, x, static_cast<const T*>(c.weight), static_cast<const T*>(c.bias), static_cast<T*>(c.out), partial);
+  if (const char* error = allow(reinterpret_cast<const void*>(kernel), plan.shared)) return error;
+  kernel<<<plan.blocks, plan.threads, plan.shared, stream>>>(plan.a, in, x, static_cast<const T*>(c.weight), static_cast<const T*>(c.bias), static_cast<T*>(c.out), static_cast<Sum<T>*>(partial));
   if (const char* error = check(cudaGetLastError()); error || !partial) return error;
   return add_up(c, plan.sums, partial);
 }
 
-// Of `walk`, and with M = 0 of `slide`.
-template <class T> using WalkKernel = void(Walk, const T*, const T*, const T*, const T*, T*, Sum<T>*);
-template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient> Plan<Walk> walk_plan(const Call& c, WalkKernel<T>* kernel) {
+// Plans are made by plain functions, which are compiled once for all instances of a kernel. This one is of `walk`, and with M = 0 of `slide`.
+Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
   const Problem& p = c.p;
+  const bool last = p.channels_last, gradient = c.transposed;
+  const int size = size_of(p.type);
   const int64_t s = p.stride_h, d = p.dilation, g = std::gcd(s, d);
   Plan<Walk> plan{{make_pass(c)}};
   Walk& a = plan.a;
   int64_t row_end = a.out_rows;
   if (a.has_bias_sum) a.row_begin = -p.padding_h, row_end = larger(p.H, (p.H_out - 1) * s - p.padding_h + 1);  // all rows that grad_output meets by tap 0
-  a.pixel_begin = Gradient && !a.has_bias_sum ? p.padding_w / p.stride_w : 0;
-  a.pixels = (Gradient ? larger(a.has_bias_sum ? p.W_out : 0, ceil_div(p.W + p.padding_w, p.stride_w)) : p.W_out) - a.pixel_begin;
-  a.pixel = ChannelsLast ? p.C : 1, a.channels = p.C;
-  const int64_t in_step = Gradient ? d / g : s * d / g, out_step = Gradient ? s * d / g : d / g;
+  a.pixel_begin = gradient && !a.has_bias_sum ? p.padding_w / p.stride_w : 0;
+  a.pixels = (gradient ? larger(a.has_bias_sum ? p.W_out : 0, ceil_div(p.W + p.padding_w, p.stride_w)) : p.W_out) - a.pixel_begin;
+  a.pixel = last ? p.C : 1, a.channels = p.C;
+  const int64_t in_step = gradient ? d / g : s * d / g, out_step = gradient ? s * d / g : d / g;
   a.in_step = in_step, a.out_step = out_step, a.taps_step = s / g;
-  const int64_t rows = row_end - a.row_begin, vectors = a.pixels * int64_t(a.pixel.divisor) / V, planes = ChannelsLast ? p.N : p.N * p.C;
+  const int64_t rows = row_end - a.row_begin, vectors = a.pixels * int64_t(a.pixel.divisor) / V, planes = last ? p.N : p.N * p.C;
   const int64_t groups_per_residue = ceil_div(ceil_div(rows, out_step), R), groups = smaller(out_step, rows) * groups_per_residue;
-  a.plane_step = Gradient && !ChannelsLast ? p.C : 1;
+  a.plane_step = gradient && !last ? p.C : 1;
   const int64_t lines = planes / a.plane_step * groups, widest = larger(p.W, p.W_out) * a.pixel.divisor;
   plan.applies = all_below(1 << 30, lines, p.H + 2 * p.padding_h, planes, widest) && widest * larger(in_step, out_step) * (R + 10) < 1ll << 32;
   if (!plan.applies) return plan;
   a.groups_per_residue = groups_per_residue, a.groups = groups, a.lines = lines;
 
   const int64_t most = current_device().shared_bytes;
-  while (a.log2_tx < ((V == 1 ? sizeof(T) > 2 : M == 0 && !Gradient) ? 6 : 5) && (1 << a.log2_tx) < vectors) ++a.log2_tx;
-  const bool staged = ChannelsLast && c.weight;
-  while (staged && a.log2_tx && (p.K * sizeof(T) * V << a.log2_tx) > most / 4) --a.log2_tx;
-  const size_t weights = staged ? round_up(p.K * sizeof(T) * V << a.log2_tx, 16) : 0;
-  const size_t sums = Gradient ? sizeof(Sum<T>) * (ChannelsLast ? V : 1) : 0;  // bytes for each thread and tap
-  plan.threads = ChannelsLast ? 256 : 128, a.dot_end = a.has_dots ? p.K : 0;
-  while (Gradient && plan.threads > larger(32, 1 << a.log2_tx) && weights + sums * plan.threads * (a.dot_end + 1) > most / 3) plan.threads /= 2;
-  if (Gradient) a.dot_end = smaller(a.dot_end, (most - weights) / (sums * plan.threads) - 1);
+  while (a.log2_tx < ((V == 1 ? size > 2 : M == 0 && !gradient) ? 6 : 5) && (1 << a.log2_tx) < vectors) ++a.log2_tx;
+  const bool staged = last && c.weight;
+  while (staged && a.log2_tx && (p.K * size * V << a.log2_tx) > most / 4) --a.log2_tx;
+  const size_t weights = staged ? round_up(p.K * size * V << a.log2_tx, 16) : 0;
+  const size_t sums = gradient ? larger(size, sizeof(float)) * (last ? V : 1) : 0;  // bytes for each thread and tap
+  plan.threads = last ? 256 : 128, a.dot_end = a.has_dots ? p.K : 0;
+  while (gradient && plan.threads > larger(32, 1 << a.log2_tx) && weights + sums * plan.threads * (a.dot_end + 1) > most / 3) plan.threads /= 2;
+  if (gradient) a.dot_end = smaller(a.dot_end, (most - weights) / (sums * plan.threads) - 1);
   plan.shared = weights + sums * plan.threads * (a.dot_end + 1);
 
   const int64_t column_tiles = ceil_div(vectors, 1 << a.log2_tx), slices = column_tiles * a.plane_step, tiles = ceil_div(lines, plan.threads >> a.log2_tx);
   a.column_tiles = column_tiles, a.slices = slices;
   // The device starts blocks in the order of memory: of short ones, neighbours read the rows they share at the same time, and L2 has them.
-  // But each reads its weights, if channels_last, and adds up its sums, if Gradient.
-  if (!Gradient && (!ChannelsLast || (M == 3 && sizeof(T) == 4))) {
-    a.splits = ceil_div(tiles, ceil_div(tiles * slices, (ChannelsLast || V == 8 ? 128 : 256) * current_device().multiprocessors));
+  // But each reads its weights, if channels_last, and adds up its sums, if gradient.
+  if (!gradient && (!last || (M == 3 && size == 4))) {
+    a.splits = ceil_div(tiles, ceil_div(tiles * slices, (last || V == 8 ? 128 : 256) * current_device().multiprocessors));
   } else {
     int resident = 1;
     allow(kernel, plan.shared);
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.threads, plan.shared);
-    a.splits = deal(slices, tiles, resident, Gradient ? 4 : 0);
-    if (Gradient && !ChannelsLast) a.splits = smaller(a.splits * (p.K < 16 ? 64 / (p.K + 1) : 1), tiles);
+    a.splits = deal(slices, tiles, resident, gradient ? 4 : 0);
+    if (gradient && !last) a.splits = smaller(a.splits * (p.K < 16 ? 64 / (p.K + 1) : 1), tiles);
   }
   plan.blocks = slices * a.splits;
-  a.blocks = (ChannelsLast && p.C > V << a.log2_tx ? a.pixels : column_tiles) * a.splits;
+  a.blocks = (last && p.C > V << a.log2_tx ? a.pixels : column_tiles) * a.splits;
   plan.sums = {.dots = a.dot_end, .blocks = a.blocks};
   return plan;
 }
@@ -2258,14 +2259,15 @@ constexpr int walk_rows(int size, int V, int M, bool channels_last, bool gradien
 
 template <class T, int V, int M, bool ChannelsLast, bool Gradient> Outcome walk_by(Call c) {
   constexpr int R = walk_rows(sizeof(T), V, M, ChannelsLast, Gradient);
-  Plan<Walk> plan = walk_plan<T, V, R, M, ChannelsLast, Gradient>(c, walk<T, V, R, M, ChannelsLast, Gradient>);
+  const auto kernel = walk<T, V, R, M, ChannelsLast, Gradient>;
+  Plan<Walk> plan = walk_plan(c, reinterpret_cast<const void*>(kernel), V, R, M);
   Walk& a = plan.a;
   if (!plan.applies) return "more than 2^30 planes or rows, or rows too wide, for 32-bit indices";
-  Sum<T>* const partial = make_room<T>(plan, c);
+  void* const partial = make_room(plan.sums, c);
   const int dots = a.has_dots ? a.K : 0, at_once = a.dot_end;
   do {
     a.dot_end = smaller(dots, a.dot_begin + at_once), plan.sums.first_tap = a.dot_begin, plan.sums.dots = a.dot_end - a.dot_begin;
-    if (const char* error = run<T>(walk<T, V, R, M, ChannelsLast, Gradient>, plan, c, partial)) return error;
+    if (const char* error = run<T>(kernel, plan, c, partial)) return error;
     a.has_bias_sum = false, c.out = nullptr, c.grad_bias = nullptr, a.dot_begin += at_once;
   } while (a.dot_begin < dots);
   return nullptr;
@@ -2273,12 +2275,12 @@ template <class T, int V, int M, bool ChannelsLast, bool Gradient> Outcome walk_
 
 template <class T, int M, bool ChannelsLast, bool Gradient = false> Outcome slide_by(const Call& c) {
   constexpr int V = 16 / sizeof(T), R = slide_rows(sizeof(T), M, Gradient);
-  WalkKernel<T>* const kernel = slide<T, V, R, M, ChannelsLast, Gradient>;
-  Plan<Walk> plan = walk_plan<T, V, R, 0, ChannelsLast, Gradient>(c, kernel);
+  const auto kernel = slide<T, V, R, M, ChannelsLast, Gradient>;
+  Plan<Walk> plan = walk_plan(c, reinterpret_cast<const void*>(kernel), V, R, 0);
   if (!plan.applies || (ChannelsLast && (c.p.C % V || reinterpret_cast<uintptr_t>(c.weight) % 16))) return {};
   if (!Gradient) plan.a.splits = ceil_div(plan.a.lines, 128 >> plan.a.log2_tx), plan.blocks = plan.a.slices.divisor * plan.a.splits;  // a line for each thread
   plan.threads = 128, plan.shared = 0;
-  return run<T>(kernel, plan, c, make_room<T>(plan, c));
+  return run<T>(kernel, plan, c, make_room(plan.sums, c));
 }
 
 template <class T> Outcome launch_slide(const Call& c) {
@@ -2302,61 +2304,66 @@ template <class T, int V, int M> Outcome launch_walk(const Call& c) {
   return {};
 }
 
-template <class T, int V, int M, bool ChannelsLast, bool Gradient> Plan<March> march_plan(const Call& c) {
+Plan<March> march_plan(const Call& c, int V, int M) {
   const Problem& p = c.p;
+  const bool last = p.channels_last, gradient = c.transposed;
+  const int size = size_of(p.type);
   Plan<March> plan{{make_pass(c)}};
   March& a = plan.a;
   const int64_t walked = a.has_bias_sum ? p.W_out : a.out_width;
-  const int64_t pixel = ChannelsLast ? p.C : 1, tile = march_threads * V;
+  const int64_t pixel = last ? p.C : 1, tile = march_threads * V;
   int64_t images = 1, group_tiles = 1;  // as few images side by side as fill tiles; contiguous, planes that fill a tile
   double filled = 0;
-  for (int64_t i = 1; i <= (ChannelsLast ? smaller(p.N, 32) : larger(smaller(p.C, tile / walked), 1)) && filled < .8; ++i) {
+  for (int64_t i = 1; i <= (last ? smaller(p.N, 32) : larger(smaller(p.C, tile / walked), 1)) && filled < .8; ++i) {
     const int64_t needed = ceil_div(i * walked * pixel, tile);
-    const double fills = double(i * walked * pixel) / (needed * tile) * (ChannelsLast ? 1 : double(p.C) / round_up(p.C, i));
-    if ((!ChannelsLast || p.N % i == 0) && fills > filled) images = i, group_tiles = needed, filled = fills;
+    const double fills = double(i * walked * pixel) / (needed * tile) * (last ? 1 : double(p.C) / round_up(p.C, i));
+    if ((!last || p.N % i == 0) && fills > filled) images = i, group_tiles = needed, filled = fills;
   }
-  const int64_t longest = ceil_div(a.out_rows, p.dilation), residues = smaller(p.dilation, a.out_rows), planes = (ChannelsLast ? p.N / images : p.N) * residues;
-  const int64_t tiles = ChannelsLast ? group_tiles : group_tiles * ceil_div(p.C, images);
+  const int64_t longest = ceil_div(a.out_rows, p.dilation), residues = smaller(p.dilation, a.out_rows), planes = (last ? p.N / images : p.N) * residues;
+  const int64_t tiles = last ? group_tiles : group_tiles * ceil_div(p.C, images);
   // 32-bit indices
-  plan.applies = p.K <= M && c.transposed == Gradient && alignment(c) >= V * sizeof(T) && all_below(1 << 30, p.N * a.out_rows * tiles, p.N * p.C, (tiles + 1) * tile, p.C * p.K, p.H + 2 * p.padding_h + (p.K + 32) * p.dilation) &&
+  plan.applies = p.K <= M && alignment(c) >= V * size && all_below(1 << 30, p.N * a.out_rows * tiles, p.N * p.C, (tiles + 1) * tile, p.C * p.K, p.H + 2 * p.padding_h + (p.K + 32) * p.dilation) &&
                  sees_grad_output(a) && filled >= .5;
   if (!plan.applies) return plan;
   a.column_begin = a.has_bias_sum ? -p.padding_w * pixel : 0, a.columns = images * walked * pixel, a.images = images, a.row = walked * pixel, a.in_shift = a.column_shift * pixel;
   a.channels = p.C, a.tiles = tiles, a.group_tiles = group_tiles, a.dilation = p.dilation, a.residues = residues, a.planes = planes;
   plan.threads = march_threads;
-  plan.shared = larger(march_threads * V * sizeof(T) * (Gradient ? 2 : 1) * march_slots<M>, Gradient ? march_pitch<ChannelsLast ? V : 1> * sizeof(float) * (p.K + 1) : 0);
+  plan.shared = larger(march_threads * V * size * (gradient ? 2 : 1) * march_slots(M), gradient ? march_pitch(last ? V : 1) * sizeof(float) * (p.K + 1) : 0);
 
   // As few bands as keep 8 warps of a multiprocessor busy: rows where they meet are read twice. Costs are in rows.
   const Device& device = current_device();
-  const int64_t resident = smaller(march_blocks(M, V, ChannelsLast, Gradient), device.shared_per_multiprocessor / (plan.shared + 1024)), least = smaller(resident, M == 21 || !(Gradient || ChannelsLast) ? resident : 2);
-  const double ending = Gradient ? 4 + 5. * (p.K + 1) / sizeof(T) * fmin(1., double(ChannelsLast ? p.C : images) / tile) : 0;  // writes the sums
+  const int64_t resident = smaller(march_blocks(M, V, last, gradient), device.shared_per_multiprocessor / (plan.shared + 1024)), least = smaller(resident, M == 21 || !(gradient || last) ? resident : 2);
+  const double ending = gradient ? 4 + 5. * (p.K + 1) / size * fmin(1., double(last ? p.C : images) / tile) : 0;  // writes the sums
   double best = 1e30;
   for (int64_t bands = 1; bands <= smaller(longest, 64); ++bands) {
     const int64_t band_rows = ceil_div(longest, bands);
     if (ceil_div(longest, band_rows) < bands) continue;
     for (int64_t waves = 1; waves <= 8; ++waves) {
-      const int64_t repeats = !Gradient ? 1 : ceil_div(planes, larger(smaller(resident * device.multiprocessors * waves / (tiles * bands), planes), 1)), splits = ceil_div(planes, repeats);
+      const int64_t repeats = !gradient ? 1 : ceil_div(planes, larger(smaller(resident * device.multiprocessors * waves / (tiles * bands), planes), 1)), splits = ceil_div(planes, repeats);
       const int64_t each = ceil_div(tiles * bands * splits, device.multiprocessors), rest = each % resident;
       const double cost = (each - rest + (rest ? larger(rest, least) : 0)) * (repeats * (band_rows + .3 * (p.K - 1) + 3) + ending);
       if (cost < best) best = cost, a.bands = bands, a.band_rows = band_rows, a.splits = splits, plan.blocks = tiles * bands * splits, a.blocks = bands * splits;
     }
   }
-  a.blocks *= ChannelsLast && p.C > tile ? images * walked : group_tiles;
+  a.blocks *= last && p.C > tile ? images * walked : group_tiles;
   plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = a.has_dots};
   return plan;
 }
 
-template <class T, int M, bool ChannelsLast, bool Gradient> Outcome march_by(const Call& c) {
-  constexpr int V = march_vector(sizeof(T), M, ChannelsLast, Gradient);
-  const Plan<March> plan = march_plan<T, V, M, ChannelsLast, Gradient>(c);
+template <class T, int M, bool ChannelsLast, bool Gradient, int V = march_vector(sizeof(T), M, ChannelsLast, Gradient)> Outcome march_by(const Call& c) {
+  const Plan<March> plan = march_plan(c, V, M);
   if (!plan.applies) return {};
-  return run<T>(march<T, V, M, ChannelsLast, Gradient>, plan, c, make_room<T>(plan, c));
+  return run<T>(march<T, V, M, ChannelsLast, Gradient>, plan, c, make_room(plan.sums, c));
 }
 
 template <class T> Outcome launch_march(const Call& c) {
   const auto by = [&]<int M> { return (c.transposed ? march_by<T, M, false, true> : march_by<T, M, false, false>)(c); };
   if constexpr (sizeof(T) == 2) return by.template operator()<7>();
-  else if (c.p.K <= 7) return march_by<T, 7, false, true>(c);
+  else if (alignment(c) < 16) {
+    const auto singly = [&]<int M> { return (c.transposed ? march_by<T, M, false, true, 1> : march_by<T, M, false, false, 1>)(c); };
+    if (c.p.K > 15 && c.p.K < 22 && c.transposed) return march_by<T, 21, false, true, 1>(c);
+    return c.p.K <= 15 ? singly.template operator()<15>() : singly.template operator()<31>();
+  } else if (c.p.K <= 7) return march_by<T, 7, false, true>(c);
   else return c.p.K <= 11 ? by.template operator()<11>() : by.template operator()<21>();
 }
 
@@ -2371,20 +2378,28 @@ template <class T> Outcome launch_march_last(const Call& c) {
   return by.template operator()<11>();
 }
 
-template <class T, int R, int M, bool Gradient> Outcome low_by(const Call& c) {
-  constexpr int V = (Gradient || R > 7 ? 4 : 8) / sizeof(T), warps = low_threads / 32;
+Plan<Low> low_plan(const Call& c, int V, int R, int M) {
+  constexpr int warps = low_threads / 32;
+  const bool gradient = c.transposed;
   const Problem& p = c.p;
   Plan<Low> plan{{make_pass(c)}};
   Low& a = plan.a;
   const int64_t slices = ceil_div(p.C, 32 * V), columns = p.N * p.W;
   plan.applies = p.H == p.H_out && p.K <= M && p.padding_w == 0 && p.dilation == 1 && p.C % V == 0 && p.C > 16 * V &&
-                 alignment(c) >= V * sizeof(T) && all_below(1 << 29, columns, p.W * p.C, p.C * p.K);
-  if (!plan.applies) return {};
+                 alignment(c) >= V * size_of(p.type) && all_below(1 << 29, columns, p.W * p.C, p.C * p.K);
+  if (!plan.applies) return plan;
   a.width = p.W, a.slices = slices, a.columns = columns;
-  a.splits = a.blocks = deal(slices, ceil_div(columns, warps), low_blocks(R, M, Gradient), 2);
-  plan.blocks = slices * a.splits, plan.threads = low_threads, plan.shared = Gradient ? sizeof(float) * low_threads * V * (p.K + 1) : 0;
+  a.splits = a.blocks = deal(slices, ceil_div(columns, warps), low_blocks(R, M, gradient), 2);
+  plan.blocks = slices * a.splits, plan.threads = low_threads, plan.shared = gradient ? sizeof(float) * low_threads * V * (p.K + 1) : 0;
   plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
-  return run<T>(low<T, V, R, M, Gradient>, plan, c, make_room<T>(plan, c));
+  return plan;
+}
+
+template <class T, int R, int M, bool Gradient> Outcome low_by(const Call& c) {
+  constexpr int V = (Gradient || R > 7 ? 4 : 8) / sizeof(T);
+  const Plan<Low> plan = low_plan(c, V, R, M);
+  if (!plan.applies) return {};
+  return run<T>(low<T, V, R, M, Gradient>, plan, c, make_room(plan.sums, c));
 }
 
 template <class T> Outcome launch_low(const Call& c) {
@@ -2489,35 +2504,37 @@ template <class T> Outcome launch_toeplitz(const Call& c) {
   const bool split = plan.threads > 32 * plan.a.side * plan.a.line_strips;
   const auto kernel = c.grad_weight || c.grad_bias ? split ? toeplitz<T, true, true, true> : aligned ? toeplitz<T, true, true> : toeplitz<T, only_aligned, true>
                                                    : aligned ? toeplitz<T, true, false> : toeplitz<T, only_aligned, false>;
-  return run<T>(kernel, plan, c, make_room<T>(plan, c));
+  return run<T>(kernel, plan, c, make_room(plan.sums, c));
 }
 
 template <class T> Outcome launch_toeplitz_last(const Call& c) {
   const Plan<Toeplitz> plan = toeplitz_plan(c);
   if (!plan.applies) return {};
-  return run<T>(c.grad_weight || c.grad_bias ? toeplitz_last<T, true> : toeplitz_last<T, false>, plan, c, make_room<T>(plan, c));
+  return run<T>(c.grad_weight || c.grad_bias ? toeplitz_last<T, true> : toeplitz_last<T, false>, plan, c, make_room(plan.sums, c));
 }
 
-template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_plan(const Call& c) {
+Plan<Bulk> bulk_plan(const Call& c, int R, int M, bool strided) {
   const Problem& p = c.p;
+  const bool gradient = c.transposed;
+  const int size = size_of(p.type), modulus = bulk_modulus(size);
   Plan<Bulk> plan{{make_pass(c)}};
   Bulk& a = plan.a;
   const Device& device = current_device();
-  plan.applies = c.transposed == Gradient && p.K <= 64 && p.padding_h < p.K && all_below(1 << 28, p.H_out * p.W_out, p.H * p.W, p.N * p.C) &&
+  plan.applies = p.K <= 64 && p.padding_h < p.K && all_below(1 << 28, p.H_out * p.W_out, p.H * p.W, p.N * p.C) &&
                  (!c.x || !c.out || (reinterpret_cast<uintptr_t>(c.x) - reinterpret_cast<uintptr_t>(c.out)) % 16 == 0);
   if (!plan.applies) return plan;
   a.step = p.stride_h, a.stride_w = p.stride_w;
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane;
-  const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T), bulk_modulus<T>) + bulk_modulus<T>; };
-  const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + smaller(Gradient ? ceil_div(rows + p.K - 1, p.stride_h) + (Strided ? 1 : 0) : (rows - 1) * p.stride_h + p.K, a.in_rows) * a.in_width); };
+  const auto bytes = [=](int64_t numbers) { return round_up(numbers * size, modulus) + modulus; };
+  const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + smaller(gradient ? ceil_div(rows + p.K - 1, p.stride_h) + (strided ? 1 : 0) : (rows - 1) * p.stride_h + p.K, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
   // As many rows or planes as leave room for the blocks that registers have room for; planes up to 20 KB, by measurement.
-  const int64_t sums = Gradient ? sizeof(float) * bulk_threads * larger(p.K - (Strided ? 0 : M), 0) : 0;  // of taps beyond registers
-  const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(Gradient) - 2048 - sums) / bulk_slots;
-  const int64_t out_step = Gradient ? p.stride_h : 1;
+  const int64_t sums = gradient ? sizeof(float) * bulk_threads * larger(p.K - (strided ? 0 : M), 0) : 0;  // of taps beyond registers
+  const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(gradient) - 2048 - sums) / bulk_slots;
+  const int64_t out_step = gradient ? p.stride_h : 1;
   int64_t band_rows = a.out_rows, planes = 1;
   for (int64_t bands = 2; slot_bytes(1, band_rows) > room && band_rows > R * out_step; ++bands) band_rows = round_up(ceil_div(a.out_rows, bands), R * out_step);
-  const int64_t columns = Strided && Gradient ? larger(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : a.out_width;
+  const int64_t columns = strided && gradient ? larger(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : a.out_width;
   a.columns = columns, a.items = ceil_div(band_rows, R * out_step) * out_step * columns;
   if (band_rows >= a.out_rows)
     while (2 * planes <= smaller(p.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= smaller(room, 20 << 10)) planes *= 2;
@@ -2525,14 +2542,14 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
   const int64_t bands = ceil_div(a.out_rows, band_rows), slices = ceil_div(p.C, planes);
   a.planes = planes, a.band_rows = band_rows, a.bands = bands, a.chunks = p.N * bands, a.slices = slices;
   while (planes << a.log2_tx < bulk_threads) ++a.log2_tx;
-  a.sums_at = round_up(sizeof(float) * planes * p.K, bulk_modulus<T>);
+  a.sums_at = round_up(sizeof(float) * planes * p.K, modulus);
   a.slots_at = a.sums_at + sums;
   a.out_at = in_bytes(planes, band_rows), a.slot_bytes = slot_bytes(planes, band_rows);
-  plan.shared = a.slots_at + larger(bulk_slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
-  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(Gradient));
+  plan.shared = a.slots_at + larger(bulk_slots * a.slot_bytes, gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
+  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(gradient));
   if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
   // As in `walk`, short blocks where there are many chunks.
-  constexpr int brief = !Gradient ? 4 : Strided ? 6 : 5;  // chunks
+  const int brief = !gradient ? 4 : strided ? 6 : 5;  // chunks
   const bool many = a.chunks * slices > brief * brief * blocks * device.multiprocessors && a.slot_bytes > 20 << 10;
   a.splits = many ? ceil_div(a.chunks, brief) : deal(slices, a.chunks, blocks, 2);
   plan.blocks = slices * a.splits, plan.threads = bulk_threads;
@@ -2541,53 +2558,61 @@ template <class T, int R, int M, bool Gradient, bool Strided> Plan<Bulk> bulk_pl
 }
 
 template <class T, int R, int M, bool Gradient, bool Strided> Outcome bulk_by(const Call& c) {
-  const Plan<Bulk> plan = bulk_plan<T, R, M, Gradient, Strided>(c);
+  const Plan<Bulk> plan = bulk_plan(c, R, M, Strided);
   if (!plan.applies) return {};
-  return run<T>(bulk<T, R, M, Gradient, Strided>, plan, c, make_room<T>(plan, c));
+  return run<T>(bulk<T, R, M, Gradient, Strided>, plan, c, make_room(plan.sums, c));
 }
 
 template <class T> Outcome launch_bulk(const Call& c) {
   const Problem& p = c.p;
   const auto by = [&]<int R, int M, bool Strided> { return (c.transposed ? bulk_by<T, R, M, true, Strided> : bulk_by<T, R, M, false, Strided>)(c); };
   if (p.stride_h > 1 || p.stride_w > 1) {
-    if constexpr (sizeof(T) == 4) return bulk_by<T, 8, 2, true, true>(c);
+    if constexpr (sizeof(T) == 4) return c.transposed ? bulk_by<T, 8, 2, true, true>(c) : Outcome();
     else return by.template operator()<8, 2, true>();
   }
   if (p.K <= 3) return by.template operator()<8, 3, false>();
   return round_up(p.K, 5) < round_up(p.K, 7) ? by.template operator()<8, 5, false>() : by.template operator()<8, 7, false>();
 }
 
-template <class T, int R, int M, bool Gaps, bool Gradient> Outcome planes_by(const Call& c) {
+Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   const Problem& p = c.p;
+  const bool gradient = c.transposed;
+  const int size = size_of(p.type);
   Plan<Planes> plan{{make_pass(c)}};
   Planes& a = plan.a;
   const Device& device = current_device();
   const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
   const int64_t threads = ceil_div(a.out_rows, R) * a.out_width, most = planes_threads - 32;
-  const bool fits = Gaps ? p.K <= M && (address(c.in) | a.in_plane * sizeof(T)) % 16 == 0
+  const bool fits = gaps ? p.K <= M && (address(c.in) | a.in_plane * size) % 16 == 0
                          : larger(a.in_rows, a.out_rows) <= R && p.K <= 64 && (M == 2 * R - 1 || (a.row_shift >= -(M / 2) && a.row_shift + p.K - 1 <= M / 2));
-  if (!fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K)) return {};
+  if (!fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K)) return plan;
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane, a.threads = threads, a.columns = a.out_width;
   const int64_t beyond = larger(larger(1, -a.row_shift), round_up(a.out_rows, R) + M - 1 + a.row_shift - a.in_rows);  // rows
-  if (Gaps) a.gap = round_up(beyond * a.in_width * sizeof(T), 128) / sizeof(T);
-  const auto bytes = [](int64_t numbers) { return round_up(numbers * sizeof(T) + bulk_modulus<T>, 128); };
+  if (gaps) a.gap = round_up(beyond * a.in_width * size, 128) / size;
+  const auto bytes = [=](int64_t numbers) { return round_up(numbers * size + bulk_modulus(size), 128); };
   const auto out_at = [&](int64_t planes) { return bytes(planes * (a.in_plane + a.gap) + a.gap); };
   const auto slot_bytes = [&](int64_t planes) { return out_at(planes) + bytes(planes * a.out_plane); };
-  const int64_t room = device.shared_per_multiprocessor / planes_blocks(Gradient, M) - 1024 - 128;
+  const int64_t room = device.shared_per_multiprocessor / planes_blocks(gradient, M) - 1024 - 128;
   double least = 1e30;
   for (int64_t i = 1; i <= smaller(p.C, most / threads) && 2 * slot_bytes(i) <= room; ++i) {  // in warps
     const double cost = double(ceil_div(p.C, i)) * (ceil_div(i * threads, 32) + 1);
     if (cost < least) least = cost, a.planes = i;
   }
-  if (!a.planes) return {};
+  if (!(plan.applies = a.planes > 0)) return plan;
   const int64_t slices = ceil_div(p.C, a.planes);
-  a.slices = slices, a.out_at = out_at(a.planes) / sizeof(T), a.slot_bytes = slot_bytes(a.planes), a.slots = smaller(planes_slots, room / a.slot_bytes);
-  plan.threads = round_up(a.planes * threads, 32) + 32, plan.shared = larger(a.slots * a.slot_bytes, Gradient ? sizeof(float) * (p.K + 1) * plan.threads : 0);
-  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 64), planes_blocks(Gradient, M) * planes_threads / plan.threads);
+  a.slices = slices, a.out_at = out_at(a.planes) / size, a.slot_bytes = slot_bytes(a.planes), a.slots = smaller(planes_slots, room / a.slot_bytes);
+  plan.threads = round_up(a.planes * threads, 32) + 32, plan.shared = larger(a.slots * a.slot_bytes, gradient ? sizeof(float) * (p.K + 1) * plan.threads : 0);
+  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 64), planes_blocks(gradient, M) * planes_threads / plan.threads);
   // Short blocks where there are many chunks: their sums have few terms.
   a.splits = a.blocks = p.N * slices > 64 * blocks * device.multiprocessors ? ceil_div(p.N, 8) : deal(slices, p.N, blocks, 2);
   plan.blocks = slices * a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
-  return run<T>(planes<T, R, M, Gaps, Gradient>, plan, c, make_room<T>(plan, c));
+  return plan;
+}
+
+template <class T, int R, int M, bool Gaps, bool Gradient> Outcome planes_by(const Call& c) {
+  const Plan<Planes> plan = planes_plan(c, R, M, Gaps);
+  if (!plan.applies) return {};
+  return run<T>(planes<T, R, M, Gaps, Gradient>, plan, c, make_room(plan.sums, c));
 }
 
 template <class T> Outcome launch_planes(const Call& c) {
@@ -2685,7 +2710,7 @@ const char* launch(const Call& c) {
       {stretches && f32 && !back && aligned && dense && p.K > 8 && p.K < 28 && p.H * p.W >= 1024 && p.H * p.W < 3136, bulk},
       {aligned && dense && last && !back && (p.K == 3 || p.K == 5 || (f32 && p.K == 7 && H >= 24)), slide},
       {aligned && dense && !last && !back && (f32 ? H >= 64 && (p.K == 3 || p.K == 7 || (p.K == 11 && p.W % 128 == 0)) : p.K == 3 || (p.K == 5 && H >= 192)), slide},
-      {capability >= 8 && f32 && aligned && dense && !last && H > 23 && p.H * p.W >= (back ? 2304 : 3136) && p.K > (back ? 3 : 7) && p.K < 22, march_f32},
+      {capability >= 8 && f32 && dense && !last && H > 23 && p.H * p.W >= (back ? 2304 : 3136) && p.K > (aligned && back ? 3 : 7) && p.K < (aligned ? 22 : 32), march_f32},
       {capability >= 8 && two_bytes && aligned && dense && !last && H > 23 && p.K > 3 && p.K < 8 && (back ? H < 160 : p.dilation > 1 && !tiles(.75)), by_type(nullptr, march_f16, march_bf16)},
       {two_bytes && last && tiles(.33) && p.K > (back && H >= 96 ? 7 : 11), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
       {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H > (f32 ? 23 : 16) : p.K > 3), by_type(march_last_f32, march_last_f16, march_last_bf16)},
@@ -2698,6 +2723,7 @@ const char* launch(const Call& c) {
       {f32 && !last && p.K > 21 && tiles(.33), toeplitz_f32},
       {two_bytes && last && tiles(.33) && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
       {two_bytes && !last && tiles(.33) && p.K > (aligned_tiles(c) && !back ? 3 : 2), by_type(nullptr, toeplitz_f16, toeplitz_bf16)},
+      {last && p.K > (!c.grad_weight ? 160 : dense ? 40 : 63), [](const Call&) { return Outcome(contiguous_is_faster); }},  // than to read all again for every few taps
       {aligned && p.K <= 3, by_type(walk_3_f32, walk_3_f16, walk_3_bf16)},
       {alignment(c) >= 4 * size && (f32 || last), by_type(walk_4_f32, walk_4_f16, walk_4_bf16)},
       {true, by_type(walk_1_f32, walk_1_f16, walk_1_bf16)},
@@ -2712,6 +2738,8 @@ Outcome walk_f64(const Call& c) { return launch_walk<double, 1, 7>(c); }
 Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
 // ---- end of a part ----
 Outcome bulk_f16(const Call& c) { return launch_bulk<f16>(c); }
+Outcome march_f16(const Call& c) { return launch_march<f16>(c); }
+Outcome march_bf16(const Call& c) { return launch_march<bf16>(c); }
 // ---- end of a part ----
 Outcome low_f32(const Call& c) { return launch_low<float>(c); }
 Outcome slide_f32(const Call& c) { return launch_slide<float>(c); }
@@ -2732,16 +2760,15 @@ Outcome walk_4_bf16(const Call& c) { return launch_walk<bf16, 4, 7>(c); }
 Outcome walk_1_bf16(const Call& c) { return launch_walk<bf16, 1, 7>(c); }
 // ---- end of a part ----
 Outcome toeplitz_f16(const Call& c) { return launch_toeplitz<f16>(c); }
-Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<bf16>(c); }
-// ---- end of a part ----
-Outcome bulk_bf16(const Call& c) { return launch_bulk<bf16>(c); }
-Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
 Outcome toeplitz_last_f16(const Call& c) { return launch_toeplitz_last<f16>(c); }
+// ---- end of a part ----
+Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<bf16>(c); }
 Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<bf16>(c); }
 // ---- end of a part ----
+Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
+Outcome bulk_bf16(const Call& c) { return launch_bulk<bf16>(c); }
+// ---- end of a part ----
 Outcome march_f32(const Call& c) { return launch_march<float>(c); }
-Outcome march_f16(const Call& c) { return launch_march<f16>(c); }
-Outcome march_bf16(const Call& c) { return launch_march<bf16>(c); }
 // ---- end of a part ----
 Outcome march_last_f32(const Call& c) { return launch_march_last<float>(c); }
 // ---- end of a part ----
