@@ -146,6 +146,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   typedef Int I __attribute__((vector_size(BYTES)));
   typedef Word U __attribute__((vector_size(BYTES)));
   typedef Short Shorts __attribute__((vector_size(BYTES)));
+  typedef Short Halves __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
   typedef R Bits __attribute__((vector_size(BYTES), aligned(2), may_alias));  // of any type
   static constexpr int64_t size = BYTES / sizeof(R);
 #if defined(__x86_64__)
@@ -154,11 +155,20 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   static constexpr int most = 7;
 #endif
 
-  // As many numbers of type T as fill a vector: as one vector of R or two, the even and the odd ones
+  // As many numbers of type T as fill a vector: as one vector of R or two, the even and the odd ones; but for get and put of what the
+  // processor `converts` the first and the last ones
   template <class T> static constexpr int vectors = sizeof(T) > 2 ? 1 : 2;
   template <class T> static constexpr int64_t at_once = vectors<T> * size;
+#if defined(__x86_64__)
+  template <class T> static constexpr bool converts = BYTES > 16 && std::is_same_v<T, Half>;  // the processor does
+#else
+  template <class T> static constexpr bool converts = false;
+#endif
+  static INLINE V convert(const Halves h) { V v; asm("vcvtph2ps %1, %0" : "=v"(v) : "v"(h)); return v; }
+  static INLINE Halves convert(const V v) { Halves h; asm("vcvtps2ph $0, %1, %0" : "=v"(h) : "v"(v)); return h; }
   template <class T> static INLINE void split(V* v, const V bits) {  // by value: what a reference is bound to would have to be aligned
     if constexpr (vectors<T> == 1) v[0] = bits;
+    else if constexpr (converts<T>) v[0] = convert(__builtin_convertvector((U)bits, Halves)), v[1] = convert(__builtin_convertvector((U)bits >> 16, Halves));
     else v[0] = widen<V>((T*)0, (U)bits << 16), v[1] = widen<V>((T*)0, (U)bits & 0xffff0000u);
   }
   template <class T> static INLINE V join(const V* v) {
@@ -173,14 +183,23 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       }
 #endif
     if constexpr (vectors<T> == 1) return v[0];
+    else if constexpr (converts<T>) return (V)(__builtin_convertvector(convert(v[0]), U) | __builtin_convertvector(convert(v[1]), U) << 16);
     else return (V)(narrow<U>((T*)0, v[0]) >> 16 | (narrow<U>((T*)0, v[1]) & 0xffff0000u));
   }
-  template <class T> static INLINE void get(V* v, const T* p) { split<T>(v, *(const Bits*)p); }
-  template <class T> static INLINE void put(T* p, const V* v) { *(Bits*)p = join<T>(v); }
+  template <class T> static INLINE void get(V* v, const T* p) {
+    if constexpr (converts<T>) v[0] = get(p), v[1] = get(p + size);
+    else split<T>(v, *(const Bits*)p);
+  }
+  template <class T> static INLINE void put(T* p, const V* v) {
+    if constexpr (converts<T>) *(Halves*)p = convert(v[0]), *(Halves*)(p + size) = convert(v[1]);
+    else *(Bits*)p = join<T>(v);
+  }
   template <class T> static INLINE void put_past_caches(T* p, const V* v) {  // whole lines of them
 #if defined(__x86_64__)
-    if (reinterpret_cast<uintptr_t>(p) % 64 == 0) asm("vmovntps %1, %0" : "=m"(*(Bits*)p) : "v"(join<T>(v)));
-    else
+    if (reinterpret_cast<uintptr_t>(p) % 64 == 0) {
+      if constexpr (converts<T>) for (int h = 0; h < 2; h++) asm("vmovntps %1, %0" : "=m"(*(Halves*)(p + h * size)) : "v"(convert(v[h])));
+      else asm("vmovntps %1, %0" : "=m"(*(Bits*)p) : "v"(join<T>(v)));
+    } else
 #endif
       put(p, v);
   }
@@ -194,8 +213,8 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     for (int a = 0; a < A; a++) get(v + a * vectors<T>, p + a * at_once<T>);
   }
   template <class T> static INLINE V get(const T* p) {  // one vector of R
-    typedef uint16_t Halves __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
     if constexpr (vectors<T> == 1) return *(const V*)p;
+    else if constexpr (converts<T>) return convert(*(const Halves*)p);
     else return widen<V>((T*)0, __builtin_convertvector(*(const Halves*)p, U) << 16);
   }
 
@@ -219,7 +238,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     INLINE Window(int64_t lanes, int64_t px, int64_t present) : pixels(std::min({at_once<T> / lanes, (2 * at_once<T> - lanes) / px + 1, present})) {
       const int64_t span = ((pixels - 1) * px + lanes) * sizeof(T);
       low = first(span), high = first(span - BYTES), all = first(pixels * lanes * sizeof(T));
-      for (int64_t e = 0; e < pixels * lanes; e++) order[e] = e / lanes * px + e % lanes;
+      for (int64_t e = 0; e < pixels * lanes; e++) order[converts<T> ? e % size * 2 + e / size : e] = e / lanes * px + e % lanes;
     }
 #if defined(__x86_64__)
     INLINE void get(V* v, const T* p) const {
@@ -229,7 +248,12 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       if constexpr (sizeof(T) == 2) split<T>(v, (V)shuffle((Shorts)a, (Shorts)b, *(const Shorts*)order));
       else split<T>(v, shuffle(a, b, *(const I*)order));
     }
-    INLINE void put(T* p, const V* v) const { put_some(p, v, all); }
+    INLINE void put(T* p, const V* v) const {
+      V a[2] = {v[0]};
+      if constexpr (vectors<T> == 2) a[1] = v[1];
+      if constexpr (converts<T>) divide(a[0], a[1]);
+      put_some(p, a, all);
+    }
 #endif
   };
 
@@ -300,7 +324,8 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       i = std::min(i, count - step);
       V v[2];
       get(v, src + i);
-      if constexpr (vectors<T> == 2) mix(v[0], v[1]), *(V*)(dst + i + size) = v[1];
+      if constexpr (vectors<T> == 2 && !converts<T>) mix(v[0], v[1]);
+      if constexpr (vectors<T> == 2) *(V*)(dst + i + size) = v[1];
       *(V*)(dst + i) = v[0];
       asm volatile("");
     }
@@ -312,7 +337,8 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     for (; count >= step && i < count; i += step) {
       i = std::min(i, count - step);
       V v[2] = {*(const V*)(src + i)};
-      if constexpr (vectors<T> == 2) v[1] = *(const V*)(src + i + size), divide(v[0], v[1]);
+      if constexpr (vectors<T> == 2) v[1] = *(const V*)(src + i + size);
+      if constexpr (vectors<T> == 2 && !converts<T>) divide(v[0], v[1]);
       put(dst + i, v);
       asm volatile("");
     }
@@ -332,7 +358,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     int64_t i = 0;
     for (; i + size < count; i += size) {
       V v[2];
-      get(v, src + 2 * i);
+      split<T>(v, *(const Bits*)(src + 2 * i));
       if constexpr (vectors<T> == 1) v[1] = *(const V*)(src + 2 * i + size), divide(v[0], v[1]);
       *(V*)(dst + i) = v[0];
     }
@@ -344,7 +370,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     for (; i + size < count; i += size) {
       V v[2] = {*(const V*)(src + i), V{} + between};
       if constexpr (vectors<T> == 1) mix(v[0], v[1]), *(V*)(dst + 2 * i + size) = v[1];
-      put(dst + 2 * i, v);
+      *(Bits*)(dst + 2 * i) = join<T>(v);
     }
     for (; i < count; i++) { store(dst + 2 * i, src[i]); if (i + 1 < count) store(dst + 2 * i + 1, between); asm volatile(""); }
   }
@@ -399,7 +425,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
 #pragma GCC unroll 1
             for (int l = 0; l < size; l++, to += 2 * t.lanes) {
               V pair[2];
-              get(pair, (const T*)&a[l]);
+              split<T>(pair, a[l]);
               *(V*)to = pair[0], *(V*)(to + t.lanes) = pair[1];
             }
           }
@@ -451,7 +477,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
 #pragma GCC unroll 1
             for (int l = 0; l < size; l++, from += 2 * t.lanes) {
               const V pair[2] = {*(const V*)from, *(const V*)(from + t.lanes)};
-              put((T*)&a[l], pair);
+              a[l] = join<T>(pair);
             }
           }
           transpose(a);
@@ -651,9 +677,9 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
 // The same source compiled for each instruction set, chosen when run
 #if defined(__x86_64__)
 template <class F> __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void avx512(const F& f) { f(Number<64>()); }
-template <class F> __attribute__((target("avx2,fma"))) void avx2(const F& f) { f(Number<32>()); }
+template <class F> __attribute__((target("avx2,fma,f16c"))) void avx2(const F& f) { f(Number<32>()); }
 static const int vector_bytes = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 64
-                       : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 32 : 16;
+                       : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? 32 : 16;
 template <class F> void simd(int bytes, const F& f) { bytes == 64 ? avx512(f) : bytes == 32 ? avx2(f) : f(Number<16>()); }
 #else
 static const int vector_bytes = 16;
@@ -780,6 +806,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         using E = std::remove_pointer_t<decltype(weights)>;
         const auto* init = weights + K * w_tap;
         if (j.out && j.forward) conv(j.bytes, Conv<E>{images, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, padded, slots, table.data(), j.windows, j.past_caches});
+        if constexpr (std::is_same_v<E, Half>) return;  // its gradients are packed: once is enough to convert
         if (j.out && !j.forward) for (int64_t i = o0; i < std::min(o0 + S, o1); i++) {
           // Rows i, i + S, ... of grad_input meet only the taps k, k + every, ...; the last of them meets the first row of grad_output.
           int64_t k = 0, every = S / std::gcd(S, D);
@@ -815,8 +842,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, packed_row(tile(n0 + n).nq)});
         return in_buffer((const R*)buffer, v, room, whole);
       };
-      if constexpr (!std::is_same_v<T, Half>)  // whose conversion is long: once is enough
-        if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, o0), in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), (T*)weights);
+      if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, o0), in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), (T*)weights);
       if (!j.direct && nq > 0) {
         compute(in_buffer(buffer_out, vo, room_out, whole_out),
                 packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in, whole_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out, whole_out), weights);
@@ -906,8 +932,8 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t met = std::min(p.K, j.vin.rows);  // rows at once: too many in the same place of a cache are packed
   const bool spread = met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536;
   j.windows = vector_bytes == 64 && j.forward && p.channels_last && (gaps || (element * run < 64 && (element == 2 || p.padding_w > 0))) && spread &&
-              element * j.lanes < 64 && (p.type == Type::bf16 || p.type == Type::f32);
-  j.direct = j.windows || (p.type != Type::f16 && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
+              element * j.lanes < 64 && p.type != Type::f64;
+  j.direct = j.windows || ((p.type != Type::f16 || (j.forward && vector_bytes > 16)) && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
   const int64_t row = j.vout.row * element;  // whose ends, parts of lines, would come back from memory
   j.past_caches = j.direct && (row % 64 == 0 || row >= 2048) && p.N * p.C * j.vout.rows * j.vout.width * element > (j.forward ? 16 : 8) << 20;
