@@ -669,6 +669,17 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     }
   }
 
+  template <class T> static INLINE void add(R* sums, const T* from, int64_t count) {
+    int64_t i = 0;
+    for (; i + at_once<T> <= count; i += at_once<T>) {
+      V v[2];
+      get(v, from + i);
+      if constexpr (vectors<T> == 2 && !converts<T>) mix(v[0], v[1]);
+      if constexpr (vectors<T> == 2) *(V*)(sums + i + size) += v[1];
+      *(V*)(sums + i) += v[0];
+    }
+    for (; i < count; i++) sums[i] += load(from[i]);
+  }
   static INLINE void flush(double* to, R* from, int64_t n) {
     for (int64_t i = 0; i < n; i++) to[i] += from[i], from[i] = 0;
   }
@@ -689,6 +700,7 @@ template <class F> void simd(int, const F& f) { f(Number<16>()); }
 template <class R, class T> void pack(int bytes, const View& v, const T* src, const Tile& t, Rows<R> to) { SIMD(R, pack(v, src, t, to)); }
 template <class R, class T> void unpack(int bytes, const View& v, T* dst, const Tile& t, Rows<R> from, const R* values) { SIMD(R, unpack(v, dst, t, from, values)); }
 template <class R, class T> void fill(int bytes, const View& v, T* dst, const Tile& t, int64_t a, int64_t b, const R* values) { SIMD(R, fill(v, dst, t, a, b, values)); }
+template <class R, class T> void add(int bytes, R* sums, const T* from, int64_t count) { SIMD(R, add(sums, from, count)); }
 template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
 template <class E> void conv(int bytes, const Conv<E>& c) {
   using R = decltype(load(E()));
@@ -854,10 +866,12 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           rows = j.direct ? 1 : std::min(j.in_rows, h1 - h);
           for (int64_t w = w0, m; w < w1; w += m) {
             m = std::min(j.nq, w1 - w);
-            pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad, n), Tile{h, rows, w, m, lanes, present(n)}, Rows<R>{buffer_in, packed_row(m)});
-            for (const R *from = buffer_in, *end = from + rows * packed_row(m); from < end; from += packed_row(m)) {
+            const T* from = (const T*)j.in + image(j.vgrad, n) + h * j.vgrad.row + w * j.vgrad.px;
+            const bool dense = lanes == j.vgrad.px;
+            if (!dense) pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad, n), Tile{h, rows, w, m, lanes, present(n)}, Rows<R>{buffer_in, packed_row(m)});
+            for (int64_t r = 0; r < rows; r++) {
               if (++added % 64 == 0) flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
-              for (int64_t s = 0; s < m * lanes; s++) bias_sums[s] += from[s];
+              dense ? add(j.bytes, bias_sums, from + r * j.vgrad.row, m * lanes) : add(j.bytes, bias_sums, buffer_in + r * packed_row(m), m * lanes);
             }
           }
         }
@@ -866,7 +880,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     }
     if (!j.sums) continue;
     if (last >= 0) reduce(last);
-    for (int64_t s = 0; s < j.nq * lanes; s++) total[K * j.lanes + s % lanes] += totals[K * tap + s];
+    for (int64_t s = 0; s < j.nq * lanes; s += lanes)
+      for (int64_t l = 0; l < lanes; l++) total[K * j.lanes + l] += totals[K * tap + s + l];
     std::fill(totals.begin(), totals.end(), 0.0);
   }
 #if defined(__x86_64__)
@@ -895,11 +910,15 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   Problem& p = j.p;
   if (p.H * p.W == 1 && p.H_out * p.W_out == 1) p.channels_last = true;  // the orders are the same; this one is faster
   if (p.W == 1 && p.W_out == 1) p.stride_w = 1;
-  const int64_t element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2, tap = p.padding_h / p.dilation;
+  if (p.H_out == 1) p.stride_h = 1;
+  const int64_t element = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
   j.taps = p.K;
-  if (j.forward && p.channels_last && p.H == 1 && p.H_out == 1 && tap < p.K && tap * p.dilation == p.padding_h)  // one tap meets the one row
-    j.weight = (const char*)j.weight + tap * element, p.K = p.stride_h = 1, p.padding_h = 0;
-  if (p.channels_last && p.K == 1 && p.stride_h == 1 && p.H == p.H_out)  // images under one another are one high image
+  // Taps that meet no row are left out.
+  const int64_t first_tap = clamp(ceil_div(p.padding_h - (p.H_out - 1) * p.stride_h, p.dilation), 0, p.K - 1);
+  p.K = clamp((p.H - 1 + p.padding_h) / p.dilation + 1, first_tap + 1, p.K) - first_tap, p.padding_h -= first_tap * p.dilation;
+  if (j.weight) j.weight = (const char*)j.weight + first_tap * element;
+  if (grad_weight && p.K < j.taps) std::memset(grad_weight, 0, p.C * j.taps * element);
+  if (p.channels_last && p.K == 1 && p.stride_h == 1 && p.padding_h == 0 && p.H == p.H_out)  // images under one another are one high image
     p.H *= p.N, p.H_out *= p.N, p.N = 1;
   if (p.channels_last && p.H == 1 && p.H_out == 1 && p.padding_w == 0 && p.W % p.stride_w == 0)  // images of one row are one long row
     p.W *= p.N, p.W_out *= p.N, p.N = p.stride_h = 1;
@@ -936,7 +955,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.direct = j.windows || ((p.type != Type::f16 || (j.forward && vector_bytes > 16)) && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
   const int64_t row = j.vout.row * element;  // whose ends, parts of lines, would come back from memory
-  j.past_caches = j.direct && (row % 64 == 0 || row >= 2048) && p.N * p.C * j.vout.rows * j.vout.width * element > (j.forward ? 16 : 8) << 20;
+  j.past_caches = j.direct && (gaps ? (j.lanes | p.C) * element % 64 == 0 : row % 64 == 0 || row >= 2048) && p.N * p.C * j.vout.rows * j.vout.width * element > (j.forward ? 16 : 8) << 20;
   j.multiple = j.direct && gaps && !j.windows ? at_once : 1;
   j.bytes = j.windows || (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) ? vector_bytes : bytes;
   if (j.direct && j.forward) j.nq = std::min(Q, 8 * wanted / j.lanes);
@@ -982,7 +1001,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
           }
         }
       for (int64_t c = b; c < e; c++) {
-        const int64_t i = k < p.K ? c * p.K + k : c;
+        const int64_t i = k < p.K ? c * j.taps + first_tap + k : c;
         if (p.type == Type::f64) store((double*)to + i, s[c - b]);
         else if (p.type == Type::f32) store((float*)to + i, float(s[c - b]));
         else if (p.type == Type::f16) store((Half*)to + i, float(s[c - b]));
