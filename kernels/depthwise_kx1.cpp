@@ -164,8 +164,25 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
 #else
   template <class T> static constexpr bool converts = false;
 #endif
+  // Of float16 to float and back: of vectors, then of single numbers
   static INLINE V convert(const Halves h) { V v; asm("vcvtph2ps %1, %0" : "=v"(v) : "v"(h)); return v; }
   static INLINE Halves convert(const V v) { Halves h; asm("vcvtps2ph $0, %1, %0" : "=v"(h) : "v"(v)); return h; }
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef uint16_t Words __attribute__((vector_size(16)));
+  template <class T> static INLINE R load(T number) {
+    if constexpr (converts<T>) {
+      Floats v;
+      asm("vcvtph2ps %1, %0" : "=v"(v) : "v"(Words{number.bits}));
+      return v[0];
+    } else return cpu::load(number);
+  }
+  template <class T> static INLINE void store(T* p, R number) {
+    if constexpr (converts<T>) {
+      Words h;
+      asm("vcvtps2ph $0, %1, %0" : "=v"(h) : "v"(Floats{number}));
+      p->bits = h[0];
+    } else cpu::store(p, number);
+  }
   template <class T> static INLINE void split(V* v, const V bits) {  // by value: what a reference is bound to would have to be aligned
     if constexpr (vectors<T> == 1) v[0] = bits;
     else if constexpr (converts<T>) v[0] = convert(__builtin_convertvector((U)bits, Halves)), v[1] = convert(__builtin_convertvector((U)bits >> 16, Halves));
@@ -765,7 +782,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         if constexpr (std::is_same_v<decltype(to), T*>) to[i] = value;
         else to[i] = load(value);
       }
-      for (int64_t i = width, n; i < w_tap; i += n) n = std::min(i, w_tap - i), std::copy(to, to + n, to + i);
+      if (const auto number = *to; width == 1) for (int64_t i = 1; i < w_tap; i++) to[i] = number;
+      else for (int64_t i = width, n; i < w_tap; i += n) n = std::min(i, w_tap - i), std::copy(to, to + n, to + i);
     };
     if (c0 != built) {
       if (whole_out) std::fill(buffer_out, buffer_x, R(0));
