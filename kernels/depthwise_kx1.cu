@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
   if (Gradient && partial) {
     Sum<T>* const all = &sums[0].at[0];
     const int columns = ChannelsLast ? tx * V : blockDim.x, pitch = Vw * blockDim.x, channels = ChannelsLast ? int(min(a.p.C, int64_t(columns))) : 1;
-    __syncthreads();
+    if (ChannelsLast) __syncthreads();
     for (int i = threadIdx.x; columns < pitch && i < (dots + 1) * columns; i += blockDim.x) {  // of the threads above one another
       Sum<T>* const of = all + i / columns * pitch + i % columns;
       for (int j = columns; j < pitch; j += columns) *of += of[j];
@@ -480,12 +480,12 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
       const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
 #if __CUDA_ARCH__ >= 800
   constexpr int Vw = ChannelsLast ? V : 1, bytes = sizeof(T) * V, slots = march_slots(M), slot_bytes = march_threads * bytes * (Gradient ? 2 : 1);
-  constexpr int optional = M == 3 ? 2 : Gradient && M > 11 ? 9 : Gradient || M > 11 ? 0 : 3;
+  constexpr int optional = M == 3 ? 2 : V == 1 ? 0 : Gradient && M > 11 ? 9 : Gradient || M > 11 ? 0 : 3;
   extern __shared__ __align__(128) unsigned char shared[];
   const int K = a.K, d = a.dilation.divisor;
-  int tile, band, c;
+  int tile, band, number;
   const int split = a.bands(a.tiles(blockIdx.x, tile), band), first_channel = ChannelsLast ? 0 : a.group_tiles(tile, tile) * a.images, first_column = tile * march_threads * V;
-  const int walked = first_column + threadIdx.x * V, image = a.row(walked, c), column = a.column_begin + c, in_column = column + a.in_shift;
+  const int walked = first_column + threadIdx.x * V, image = a.row(walked, number), column = a.column_begin + number, in_column = column + a.in_shift;
   const bool busy = walked < a.columns && (ChannelsLast || first_channel + image < a.C), owned = busy && column >= 0 && column < int(a.out_columns), reached = busy && in_column >= 0 && in_column < int(a.in_columns);
   const bool up = band % 2;
   const int row_step = up ? -d : d;
@@ -1938,9 +1938,8 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     for (int k = in_registers; k < K; ++k) put(K - 1 - k, sums[(k - in_registers) * bulk_threads]);
     put(K, bias_sum);
     sum_threads<false>(a, all, K + 1, bulk_threads, bulk_threads, bulk_threads >> a.log2_tx, partial, [&](int first, int& c) {
-      const int plane = first >> a.log2_tx;
-      c = first_channel + plane;
-      return plane < planes ? split : -1;
+      c = first_channel + (first >> a.log2_tx);
+      return c < first_channel + planes ? split : -1;
     });
   }
 #endif
