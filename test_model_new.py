@@ -307,7 +307,7 @@ def on(*devices, gpus=1):
 
 def setup_function(_=None):
     """Before each test, called by pytest, too. More threads would wait for one another longer than they take for small tensors."""
-    torch.set_num_threads(min(torch.get_num_threads(), 4))
+    torch.set_num_threads(min(torch.get_num_threads(), 2))
     print("seed", SEED)
     random.seed(SEED)
     torch.manual_seed(SEED)
