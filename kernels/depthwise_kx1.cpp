@@ -1149,18 +1149,16 @@ Problem plainest(Problem p) { return p.channels_last = p.channels_last && p.C > 
 const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 void* mutable_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
-// On is what differs between CPU and CUDA. Its forward and backward are false if contiguous copies are to be given instead.
+// On is what differs between CPU and CUDA. Its backward is false if contiguous copies are to be given instead.
 template <class On>
 Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding, int64_t dilation) {
   Problem p = check(x, weight, bias, stride, padding, dilation);
-  const MemoryFormat result = format(p);
   On on(x);
-  for (;; p.channels_last = false) {
-    Tensor y = on.empty({p.N, p.C, p.H_out, p.W_out}, x.scalar_type(), format(p));
-    if (y.numel() == 0) return y;
-    Tensor xd = x.contiguous(format(p)), w = weight.contiguous(), b = bias ? bias->contiguous() : Tensor();
-    if (on.forward(plainest(p), data(xd), data(w), data(b), mutable_data(y))) return format(p) == result ? y : y.clone(result);
-  }
+  Tensor y = on.empty({p.N, p.C, p.H_out, p.W_out}, x.scalar_type(), format(p));
+  if (y.numel() == 0) return y;
+  Tensor xd = x.contiguous(format(p)), w = weight.contiguous(), b = bias ? bias->contiguous() : Tensor();
+  on.forward(plainest(p), data(xd), data(w), data(b), mutable_data(y));
+  return y;
 }
 
 template <class On>
@@ -1193,7 +1191,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
 struct OnCPU {
   explicit OnCPU(const Tensor&) {}
   static Tensor empty(at::IntArrayRef size, at::ScalarType type, MemoryFormat format) { return Tensor(at::detail::empty_cpu(size, type, false, format)); }
-  static bool forward(auto... arguments) { return cpu_forward(arguments...), true; }
+  static constexpr auto forward = cpu_forward;
   static bool backward(auto... arguments) { return cpu_backward(arguments...), true; }
 };
 
@@ -1203,8 +1201,8 @@ struct OnCUDA {
   Tensor empty(at::IntArrayRef size, at::ScalarType type, MemoryFormat format) {
     return Tensor(at::detail::empty_cuda(size, type, guard.current_device(), format));
   }
-  bool forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y) {
-    return done(launch({.p = p, .in = x, .weight = weight, .bias = bias, .out = y, .stream = stream}));
+  void forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y) {
+    done(launch({.p = p, .in = x, .weight = weight, .bias = bias, .out = y, .stream = stream}));
   }
   bool backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_x, void* grad_weight, void* grad_bias) {
     const auto allocate = [](size_t bytes, void* self) {

@@ -2722,7 +2722,7 @@ const char* launch(const Call& c) {
       {f32 && !last && p.K > 21 && tiles(.33), toeplitz_f32},
       {two_bytes && last && tiles(.33) && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
       {two_bytes && !last && tiles(.33) && p.K > (aligned_tiles(c) && !back ? 3 : 2), by_type(nullptr, toeplitz_f16, toeplitz_bf16)},
-      {last && p.K > (!c.grad_weight ? 160 : dense ? 40 : 63), [](const Call&) { return Outcome(contiguous_is_faster); }},  // than to read all again for every few taps
+      {last && c.grad_weight && p.K > (dense ? 40 : 63), [](const Call&) { return Outcome(contiguous_is_faster); }},  // than to read all again for every few taps
       {aligned && p.K <= 3, by_type(walk_3_f32, walk_3_f16, walk_3_bf16)},
       {alignment(c) >= 4 * size && (f32 || last), by_type(walk_4_f32, walk_4_f16, walk_4_bf16)},
       {true, by_type(walk_1_f32, walk_1_f16, walk_1_bf16)},
