@@ -2358,7 +2358,7 @@ template <class T, int M, bool ChannelsLast, bool Gradient, int V = march_vector
 template <class T> Outcome launch_march(const Call& c) {
   const auto by = [&]<int M> { return (c.transposed ? march_by<T, M, false, true> : march_by<T, M, false, false>)(c); };
   if constexpr (sizeof(T) == 2) return by.template operator()<7>();
-  else if (alignment(c) < 16) {
+  else if (alignment(c) < 16) {  // rows that do not line up: a column for each thread
     const auto singly = [&]<int M> { return (c.transposed ? march_by<T, M, false, true, 1> : march_by<T, M, false, false, 1>)(c); };
     if (c.p.K > 15 && c.p.K < 22 && c.transposed) return march_by<T, 21, false, true, 1>(c);
     return c.p.K <= 15 ? singly.template operator()<15>() : singly.template operator()<31>();
