@@ -151,37 +151,26 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   static constexpr int64_t size = BYTES / sizeof(R);
 #if defined(__x86_64__)
   static constexpr int most = BYTES == 16 ? 3 : 7;  // less code for old processors
-#else
-  static constexpr int most = 7;
-#endif
-
-  // As many numbers of type T as fill a vector: as one vector of R or two, the even and the odd ones; but for get and put of what the
-  // processor `converts` the first and the last ones
-  template <class T> static constexpr int vectors = sizeof(T) > 2 ? 1 : 2;
-  template <class T> static constexpr int64_t at_once = vectors<T> * size;
-#if defined(__x86_64__)
   template <class T> static constexpr bool converts = BYTES > 16 && std::is_same_v<T, Half>;  // the processor does
 #else
+  static constexpr int most = 7;
   template <class T> static constexpr bool converts = false;
 #endif
-  // Of float16 to float and back: of vectors, then of single numbers
+
+  // As many numbers of type T as fill a vector: as one vector of R or two, the even and the odd ones; by get and put, of what the processor
+  // `converts`, the first and the last ones
+  template <class T> static constexpr int vectors = sizeof(T) > 2 ? 1 : 2;
+  template <class T> static constexpr int64_t at_once = vectors<T> * size;
+  template <class T> static constexpr bool divided = vectors<T> == 2 && !converts<T>;  // by get and put
   static INLINE V convert(const Halves h) { V v; asm("vcvtph2ps %1, %0" : "=v"(v) : "v"(h)); return v; }
   static INLINE Halves convert(const V v) { Halves h; asm("vcvtps2ph $0, %1, %0" : "=v"(h) : "v"(v)); return h; }
-  typedef float Floats __attribute__((vector_size(16)));
-  typedef uint16_t Words __attribute__((vector_size(16)));
   template <class T> static INLINE R load(T number) {
-    if constexpr (converts<T>) {
-      Floats v;
-      asm("vcvtph2ps %1, %0" : "=v"(v) : "v"(Words{number.bits}));
-      return v[0];
-    } else return cpu::load(number);
+    if constexpr (converts<T>) return convert(Halves{number.bits})[0];
+    else return cpu::load(number);
   }
   template <class T> static INLINE void store(T* p, R number) {
-    if constexpr (converts<T>) {
-      Words h;
-      asm("vcvtps2ph $0, %1, %0" : "=v"(h) : "v"(Floats{number}));
-      p->bits = h[0];
-    } else cpu::store(p, number);
+    if constexpr (converts<T>) p->bits = convert(V{number})[0];
+    else cpu::store(p, number);
   }
   template <class T> static INLINE void split(V* v, const V bits) {  // by value: what a reference is bound to would have to be aligned
     if constexpr (vectors<T> == 1) v[0] = bits;
@@ -266,10 +255,11 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       else split<T>(v, shuffle(a, b, *(const I*)order));
     }
     INLINE void put(T* p, const V* v) const {
-      V a[2] = {v[0]};
-      if constexpr (vectors<T> == 2) a[1] = v[1];
-      if constexpr (converts<T>) divide(a[0], a[1]);
-      put_some(p, a, all);
+      if constexpr (converts<T>) {
+        V a[2] = {v[0], v[1]};
+        divide(a[0], a[1]);
+        put_some(p, a, all);
+      } else put_some(p, v, all);
     }
 #endif
   };
@@ -341,7 +331,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       i = std::min(i, count - step);
       V v[2];
       get(v, src + i);
-      if constexpr (vectors<T> == 2 && !converts<T>) mix(v[0], v[1]);
+      if constexpr (divided<T>) mix(v[0], v[1]);
       if constexpr (vectors<T> == 2) *(V*)(dst + i + size) = v[1];
       *(V*)(dst + i) = v[0];
       asm volatile("");
@@ -355,7 +345,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       i = std::min(i, count - step);
       V v[2] = {*(const V*)(src + i)};
       if constexpr (vectors<T> == 2) v[1] = *(const V*)(src + i + size);
-      if constexpr (vectors<T> == 2 && !converts<T>) divide(v[0], v[1]);
+      if constexpr (divided<T>) divide(v[0], v[1]);
       put(dst + i, v);
       asm volatile("");
     }
@@ -691,7 +681,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     for (; i + at_once<T> <= count; i += at_once<T>) {
       V v[2];
       get(v, from + i);
-      if constexpr (vectors<T> == 2 && !converts<T>) mix(v[0], v[1]);
+      if constexpr (divided<T>) mix(v[0], v[1]);
       if constexpr (vectors<T> == 2) *(V*)(sums + i + size) += v[1];
       *(V*)(sums + i) += v[0];
     }
@@ -782,7 +772,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         if constexpr (std::is_same_v<decltype(to), T*>) to[i] = value;
         else to[i] = load(value);
       }
-      if (const auto number = *to; width == 1) for (int64_t i = 1; i < w_tap; i++) to[i] = number;
+      const auto number = *to;  // a copy, which filling cannot change
+      if (width == 1) std::fill(to, to + w_tap, number);
       else for (int64_t i = width, n; i < w_tap; i += n) n = std::min(i, w_tap - i), std::copy(to, to + n, to + i);
     };
     if (c0 != built) {
@@ -881,15 +872,16 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
         for (int64_t n = n0, added = 0; n < n0 + images; n++) for (int64_t h = p.H_out * b / bands, h1 = p.H_out * (b + 1) / bands, rows; h < h1; h += rows) {
-          rows = j.direct ? 1 : std::min(j.in_rows, h1 - h);
+          const bool dense = lanes == j.vgrad.px;  // is added where it is, else packed
+          const T* const from = (const T*)j.in + image(j.vgrad, n);
+          rows = dense || j.direct ? 1 : std::min(j.in_rows, h1 - h);
           for (int64_t w = w0, m; w < w1; w += m) {
             m = std::min(j.nq, w1 - w);
-            const T* from = (const T*)j.in + image(j.vgrad, n) + h * j.vgrad.row + w * j.vgrad.px;
-            const bool dense = lanes == j.vgrad.px;
-            if (!dense) pack(j.bytes, j.vgrad, (const T*)j.in + image(j.vgrad, n), Tile{h, rows, w, m, lanes, present(n)}, Rows<R>{buffer_in, packed_row(m)});
+            if (!dense) pack(j.bytes, j.vgrad, from, Tile{h, rows, w, m, lanes, present(n)}, Rows<R>{buffer_in, packed_row(m)});
             for (int64_t r = 0; r < rows; r++) {
               if (++added % 64 == 0) flush(j.bytes, totals.data() + K * tap, bias_sums, ns);
-              dense ? add(j.bytes, bias_sums, from + r * j.vgrad.row, m * lanes) : add(j.bytes, bias_sums, buffer_in + r * packed_row(m), m * lanes);
+              if (dense) add(j.bytes, bias_sums, from + h * j.vgrad.row + w * j.vgrad.px, m * lanes);
+              else add(j.bytes, bias_sums, buffer_in + r * packed_row(m), m * lanes);
             }
           }
         }
@@ -972,7 +964,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
               element * j.lanes < 64 && p.type != Type::f64;
   j.direct = j.windows || ((p.type != Type::f16 || (j.forward && vector_bytes > 16)) && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
-  const int64_t row = j.vout.row * element;  // whose ends, parts of lines, would come back from memory
+  const int64_t row = j.vout.row * element;  // whose ends, or pixels', parts of lines, would come back from memory
   j.past_caches = j.direct && (gaps ? (j.lanes | p.C) * element % 64 == 0 : row % 64 == 0 || row >= 2048) && p.N * p.C * j.vout.rows * j.vout.width * element > (j.forward ? 16 : 8) << 20;
   j.multiple = j.direct && gaps && !j.windows ? at_once : 1;
   j.bytes = j.windows || (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) ? vector_bytes : bytes;
