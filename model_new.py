@@ -349,7 +349,7 @@ def _register(ops, namespace, missing):
 
 
 _ops = _load()
-_has_cuda, _eager = _ops._has_cuda, _ops._eager
+_has_cuda, _eager, _is_compiling = _ops._has_cuda, _ops._eager, torch.compiler.is_dynamo_compiling
 
 
 def _ints(name, value, least, length, error=RuntimeError):
@@ -373,24 +373,24 @@ class ModelNew(nn.Module):
         super().__init__()
         _ints("in_channels", in_channels, 1, 1, ValueError)
         _ints("kernel_size", kernel_size, 1, 1)
-        self._stride = _ints("stride", stride, 1, 2)
+        strides = _ints("stride", stride, 1, 2)
         dilations = _ints("dilation", dilation, 1, 2)
         pads = None if isinstance(padding, str) else _ints("padding", padding, 0, 2)
         # Holds the parameters (same draws, same state_dict) and checks a padding string; its own forward is never called.
         self.conv2d = nn.Conv2d(in_channels, in_channels, (kernel_size, 1), stride, padding, dilations,
                                 groups=in_channels, bias=bias)
-        self._dilation = dilations[0]
-        self._padding = (pads[1], pads[1], pads[0], pads[0]) if pads else tuple(self.conv2d._reversed_padding_repeated_twice)
+        pads = (pads[1], pads[1], pads[0], pads[0]) if pads else tuple(self.conv2d._reversed_padding_repeated_twice)
+        self._geometry = strides, pads, dilations[0]
 
     def forward(self, x):
         conv2d = self._modules["conv2d"]  # as self.conv2d, but a microsecond faster
-        if not torch.compiler.is_dynamo_compiling():
-            y = _eager(x, conv2d._parameters, self._stride, self._padding, self._dilation)
+        if not _is_compiling():
+            y = _eager(x, conv2d._parameters, self._geometry)
             if y is not None:
                 return y
         if isinstance(x, torch.Tensor) and x.dim() == 3:
             return self(x.unsqueeze(0)).squeeze(0)
-        return _ops.forward.default(x, conv2d.weight, conv2d.bias, self._stride, self._padding, self._dilation)
+        return _ops.forward.default(x, conv2d.weight, conv2d.bias, *self._geometry)
 
 
 def _bundle():

@@ -1071,9 +1071,9 @@ void cpu::bfloat16_tasks(const Job& j, int64_t begin, int64_t end) { tasks<BFloa
 #include <ATen/EmptyTensor.h>
 #include <torch/library.h>
 #ifdef WITH_CUDA
-#include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+namespace at::cuda { c10::Allocator* getCUDADeviceAllocator(); }  // of ATen/cuda/CUDAContext.h
 #endif
 
 // ---- The operators ----
@@ -1088,6 +1088,7 @@ std::string text(const char* s) { return s; }
 std::string text(const std::string& s) { return s; }
 std::string text(int64_t i) { return std::to_string(i); }
 std::string text(at::ScalarType t) { return c10::toString(t); }
+std::string text(at::Device d) { return d.str(); }
 std::string text(at::IntArrayRef sizes) {
   std::string s = "[";
   for (int64_t i : sizes) s += (s.size() > 1 ? ", " : "") + std::to_string(i);
@@ -1100,8 +1101,8 @@ template <class... Parts> void require(bool good, const Parts&... parts) {
 void check_like(const char* name, const Tensor& t, const Tensor& x) {
   require(t.scalar_type() == x.scalar_type(), "Expected x and ", name, " to have the same dtype, but got x of ", x.scalar_type(),
               " and ", name, " of ", t.scalar_type());
-  require(t.device() == x.device(), "Expected x and ", name, " to be on the same device, but got x on ", x.device().str(), " and ", name,
-              " on ", t.device().str());
+  require(t.device() == x.device(), "Expected x and ", name, " to be on the same device, but got x on ", x.device(), " and ", name,
+              " on ", t.device());
 }
 
 // Every requirement on the arguments, in one place; returns the kernels' view of them.
@@ -1189,9 +1190,12 @@ struct OnCPU {
 
 #ifdef WITH_CUDA
 struct OnCUDA {
-  explicit OnCUDA(const Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
-  Tensor empty(at::IntArrayRef size, at::ScalarType type, MemoryFormat format) {
-    return Tensor(at::detail::empty_cuda(size, type, guard.current_device(), format));
+  explicit OnCUDA(const Tensor& x) : stream(c10::cuda::getCurrentCUDAStream(x.get_device())) {
+    int current;  // c10's may be one that it has not yet told CUDA
+    if (cudaGetDevice(&current) || current != x.get_device() || c10::cuda::current_device() != current) guard.set_device(x.device());
+  }
+  static Tensor empty(at::IntArrayRef size, at::ScalarType type, MemoryFormat format) {  // at::detail::empty_cuda without another guard
+    return Tensor(at::detail::empty_generic(size, at::cuda::getCUDADeviceAllocator(), c10::DispatchKeySet(c10::DispatchKey::CUDA), type, format));
   }
   void forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y) {
     done(launch({.p = p, .in = x, .weight = weight, .bias = bias, .out = y, .stream = stream}));
@@ -1209,7 +1213,7 @@ struct OnCUDA {
     require(!error, "depthwise_kx1: ", error ? error : "");
     return true;
   }
-  c10::cuda::CUDAGuard guard;
+  c10::cuda::OptionalCUDAGuard guard;  // costs as much as an allocation, so only where it must
   cudaStream_t stream;
   Tensor scratch;
 };
@@ -1316,7 +1320,7 @@ struct WithoutGIL {
   ~WithoutGIL() { PyEval_RestoreThread(state); }
 };
 
-// Of x, nn.Conv2d's dictionary of parameters, stride, padding, dilation. Errors are left to the operator, but those of Python's hooks.
+// Of x, nn.Conv2d's dictionary of parameters, (stride, padding, dilation). Errors are left to the operator, but those of Python's hooks.
 PyObject* eager(PyObject*, PyObject* const* arguments, Py_ssize_t) try {
   static PyObject *const weight_name = PyUnicode_InternFromString("weight"), *const bias_name = PyUnicode_InternFromString("bias");
   PyObject *const x_ = arguments[0], *const weight_ = PyDict_GetItem(arguments[1], weight_name), *const bias_ = PyDict_GetItem(arguments[1], bias_name);
@@ -1325,8 +1329,8 @@ PyObject* eager(PyObject*, PyObject* const* arguments, Py_ssize_t) try {
   if (x.dim() != 4 || !plain(x, weight, bias)) Py_RETURN_NONE;
   std::array<int64_t, 2> stride;
   std::array<int64_t, 4> padding;
-  read(arguments[2], stride), read(arguments[3], padding);
-  const int64_t dilation = PyLong_AsLongLong(arguments[4]);
+  read(PyTuple_GET_ITEM(arguments[2], 0), stride), read(PyTuple_GET_ITEM(arguments[2], 1), padding);
+  const int64_t dilation = PyLong_AsLongLong(PyTuple_GET_ITEM(arguments[2], 2));
   Tensor y;
   {
     WithoutGIL without;

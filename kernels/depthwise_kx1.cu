@@ -2172,7 +2172,7 @@ template <class A> struct Plan {
 };
 
 using Outcome = std::optional<const char*>;  // of an attempt: nothing if it does not apply, else what went wrong or null
-const char* check(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+const char* check(cudaError_t error) { return error == cudaSuccess ? nullptr : (cudaGetLastError(), cudaGetErrorString(error)); }
 
 // Memory for the blocks' sums, if they are wanted.
 void* make_room(const Sums& sums, const Call& c) {
@@ -2188,12 +2188,10 @@ const char* allow(const void* kernel, size_t shared) {
 // Launches the kernel; adds up the blocks' sums, if there are.
 template <class T, class A>
 const char* run(void (*kernel)(A, const T*, const T*, const T*, const T*, T*, Sum<T>*), const Plan<A>& plan, const Call& c, void* partial) {
-  const auto in = static_cast<const T*>(c.in), x = static_cast<const T*>(c.x);
-  const auto stream = static_cast<cudaStream_t>(c.stream);
+  const void* const arguments[] = {&plan.a, &c.in, &c.x, &c.weight, &c.bias, &c.out, &partial};
   if (const char* error = allow(reinterpret_cast<const void*>(kernel), plan.shared)) return error;
-  kernel<<<plan.blocks, plan.threads, plan.shared, stream>>>(plan.a, in, x, static_cast<const T*>(c.weight), static_cast<const T*>(c.bias), static_cast<T*>(c.out), static_cast<Sum<T>*>(partial));
-  if (const char* error = check(cudaGetLastError()); error || !partial) return error;
-  return add_up(c, plan.sums, partial);
+  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), plan.blocks, plan.threads, const_cast<void**>(arguments), plan.shared, static_cast<cudaStream_t>(c.stream));
+  return error || !partial ? check(error) : add_up(c, plan.sums, partial);
 }
 
 // Plans are made by plain functions, which are compiled once for all instances of a kernel. This one is of `walk`, and with M = 0 of `slide`.
@@ -2337,9 +2335,9 @@ Plan<March> march_plan(const Call& c, int V, int M) {
   for (int64_t bands = 1; bands <= smaller(longest, 64); ++bands) {
     const int64_t band_rows = ceil_div(longest, bands);
     if (ceil_div(longest, band_rows) < bands) continue;
-    for (int64_t waves = 1; waves <= 8; ++waves) {
-      const int64_t repeats = !gradient ? 1 : ceil_div(planes, larger(smaller(resident * device.multiprocessors * waves / (tiles * bands), planes), 1)), splits = ceil_div(planes, repeats);
-      const int64_t each = ceil_div(tiles * bands * splits, device.multiprocessors), rest = each % resident;
+    for (int64_t waves = 1, repeats = 2; waves <= 8 && repeats > 1; ++waves) {
+      repeats = !gradient ? 1 : ceil_div(planes, larger(smaller(resident * device.multiprocessors * waves / (tiles * bands), planes), 1));
+      const int64_t splits = ceil_div(planes, repeats), each = ceil_div(tiles * bands * splits, device.multiprocessors), rest = each % resident;
       const double cost = (each - rest + (rest ? larger(rest, least) : 0)) * (repeats * (band_rows + .3 * (p.K - 1) + 3) + ending);
       if (cost < best) best = cost, a.bands = bands, a.band_rows = band_rows, a.splits = splits, plan.blocks = tiles * bands * splits, a.blocks = bands * splits;
     }
