@@ -903,7 +903,7 @@ void float64_tasks(const Job&, int64_t begin, int64_t end);
 void float16_tasks(const Job&, int64_t begin, int64_t end);
 void bfloat16_tasks(const Job&, int64_t begin, int64_t end);
 }  // namespace cpu
-// ---- end of what is compiled with each of the next three parts ----
+// ---- end of what is compiled with each of the next four parts ----
 
 #include <torch/csrc/stable/c/shim.h>
 template void conv(int, const Conv<float>&);
@@ -1048,8 +1048,10 @@ void cpu_backward(const Problem& p, const void* grad_output, const void* x, cons
 // ---- end of the CPU kernels for float32 ----
 
 void cpu::float64_tasks(const Job& j, int64_t begin, int64_t end) { tasks<double>(j, begin, end); }
+// ---- end of the CPU kernels for float64 ----
+
 void cpu::float16_tasks(const Job& j, int64_t begin, int64_t end) { tasks<Half>(j, begin, end); }
-// ---- end of the CPU kernels for float64 and float16 ----
+// ---- end of the CPU kernels for float16 ----
 
 void cpu::bfloat16_tasks(const Job& j, int64_t begin, int64_t end) { tasks<BFloat16>(j, begin, end); }
 // ---- end of the CPU kernels for bfloat16 ----

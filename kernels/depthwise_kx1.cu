@@ -2101,12 +2101,15 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 template <class... Numbers> bool all_below(int64_t limit, Numbers... numbers) { return (... && (numbers < limit)); }
 
-struct Device { int multiprocessors, shared_bytes, shared_per_multiprocessor, capability; };
+struct Device {
+  int multiprocessors, shared_bytes, shared_per_multiprocessor, capability;
+  mutable const void* allowed[256];  // kernels, by address, that may have all shared memory
+};
 const Device& current_device() {  // asked of the driver once: it takes microseconds to answer
   static const Device* const devices = [] {
     int count = 0;
     cudaGetDeviceCount(&count);
-    auto* const all = new Device[count];
+    auto* const all = new Device[count]();
     for (int i = 0; i < count; ++i) {
       cudaDeviceGetAttribute(&all[i].multiprocessors, cudaDevAttrMultiProcessorCount, i);
       cudaDeviceGetAttribute(&all[i].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, i);
@@ -2182,7 +2185,12 @@ void* make_room(const Sums& sums, const Call& c) {
 // Leave for more than the 48 KB of shared memory that need none, with what kernels declare: for all there is, as other threads' launches
 // stand on it, and before the driver is asked how many blocks are resident, for without it that is none.
 const char* allow(const void* kernel, size_t shared) {
-  return shared <= 47 << 10 ? nullptr : check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, current_device().shared_bytes));
+  const Device& device = current_device();
+  const void** const allowed = &device.allowed[reinterpret_cast<uintptr_t>(kernel) / 16 % 256];
+  if (shared <= 47 << 10 || __atomic_load_n(allowed, __ATOMIC_RELAXED) == kernel) return nullptr;
+  const char* const error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes));
+  if (!error) __atomic_store_n(allowed, kernel, __ATOMIC_RELAXED);
+  return error;
 }
 
 // Launches the kernel; adds up the blocks' sums, if there are.
@@ -2733,16 +2741,16 @@ const char* launch(const Call& c) {
 
 Outcome walk_f64(const Call& c) { return launch_walk<double, 1, 7>(c); }
 Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
+Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1, 7>(c); }
 // ---- end of a part ----
 Outcome bulk_f16(const Call& c) { return launch_bulk<f16>(c); }
+Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
+// ---- end of a part ----
+Outcome bulk_bf16(const Call& c) { return launch_bulk<bf16>(c); }
 Outcome march_f16(const Call& c) { return launch_march<f16>(c); }
 Outcome march_bf16(const Call& c) { return launch_march<bf16>(c); }
-// ---- end of a part ----
 Outcome low_f32(const Call& c) { return launch_low<float>(c); }
 Outcome slide_f32(const Call& c) { return launch_slide<float>(c); }
-Outcome walk_3_f32(const Call& c) { return launch_walk<float, 4, 3>(c); }
-Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4, 7>(c); }
-Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1, 7>(c); }
 // ---- end of a part ----
 Outcome low_f16(const Call& c) { return launch_low<f16>(c); }
 Outcome slide_f16(const Call& c) { return launch_slide<f16>(c); }
@@ -2762,9 +2770,6 @@ Outcome toeplitz_last_f16(const Call& c) { return launch_toeplitz_last<f16>(c); 
 Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<bf16>(c); }
 Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<bf16>(c); }
 // ---- end of a part ----
-Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
-Outcome bulk_bf16(const Call& c) { return launch_bulk<bf16>(c); }
-// ---- end of a part ----
 Outcome march_f32(const Call& c) { return launch_march<float>(c); }
 // ---- end of a part ----
 Outcome march_last_f32(const Call& c) { return launch_march_last<float>(c); }
@@ -2775,5 +2780,7 @@ Outcome march_last_bf16(const Call& c) { return launch_march_last<bf16>(c); }
 Outcome planes_f32(const Call& c) { return launch_planes<float>(c); }
 // ---- end of a part ----
 Outcome planes_f16(const Call& c) { return launch_planes<f16>(c); }
+Outcome walk_3_f32(const Call& c) { return launch_walk<float, 4, 3>(c); }
 // ---- end of a part ----
 Outcome planes_bf16(const Call& c) { return launch_planes<bf16>(c); }
+Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4, 7>(c); }
