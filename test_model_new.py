@@ -984,8 +984,10 @@ HUGE = [  # (N, C, H, W), K, dtype
 
 @on("cpu", "cuda")
 def huge(device):
-    """Outputs and input gradients at random positions, weight and bias gradients whole; on a CPU two of them."""
-    for (shape, K, dtype), layout in itertools.product(HUGE, LAYOUTS) if device == "cuda" else zip(HUGE[3:6:2], LAYOUTS):
+    """Outputs and input gradients at random positions, weight and bias gradients whole; on a CPU two of them, and what its caches do not hold."""
+    beyond_caches = [((32 // dtype.itemsize, 9, 333, W), 5, dtype) for dtype, W in zip(DTYPES, random.sample((251, 256, 251, 256), 4))]
+    for (shape, K, dtype), layout in itertools.product(HUGE, LAYOUTS) if device == "cuda" else [
+            *zip(HUGE[3:6:2], LAYOUTS), *itertools.product(beyond_caches, LAYOUTS)]:
         (N, C, H, W), bytes = shape, 5 * math.prod(shape) * dtype.itemsize + 10e9
         torch.cuda.empty_cache()
         if device == "cuda" and torch.cuda.mem_get_info()[0] < bytes:
@@ -996,7 +998,7 @@ def huge(device):
         x = torch.empty(shape, dtype=dtype, device=device).to(memory_format=LAYOUTS[layout]).normal_()
         g = torch.empty_like(x).normal_(std=1 / 16)  # so that sums do not overflow in float16
         y, grad_x, grad_weight, grad_bias = run(ours, x, g).values()
-        n, c, h, w = (torch.randint(size, (100_000,), device=device).index_fill_(0, torch.arange(9, device=device), size - 1)
+        n, c, h, w = (torch.randint(size, (100_000 if device == "cuda" else 10_000,), device=device).index_fill_(0, torch.arange(9, device=device), size - 1)
                       for size in shape)
         exact_y, exact_x, exact_weight = bias[c], torch.zeros_like(bias[c]), torch.zeros_like(weight)
         exact_bias = g.sum((0, 2, 3), dtype=torch.float64)

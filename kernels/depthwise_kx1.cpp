@@ -726,12 +726,26 @@ template <class E> void correlate(int bytes, const Correlation<E>& c) {
 extern template void conv(int, const Conv<float>&);
 extern template void correlate(int, const Correlation<float>&);
 
+// Copies n bytes, whole lines of them past the caches.
+INLINE void copy_past_caches(char* to, const char* from, int64_t n) {
+  int64_t i = std::min<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63, n);
+  std::memcpy(to, from, i);
+#if defined(__x86_64__)
+  typedef float Quarter __attribute__((vector_size(16), aligned(1), may_alias));
+  for (; i + 64 <= n; i += 64)
+#pragma GCC unroll 4
+    for (int q = 0; q < 64; q += 16) asm("movntps %1, %0" : "=m"(*(Quarter*)(to + i + q)) : "x"(*(const Quarter*)(from + i + q)));
+#endif
+  std::memcpy(to + i, from + i, n - i);
+}
+
 struct Job {
   Problem p;
   const void *in, *weight, *bias, *x;  // in: x forward, grad_output backward; x: for the weight gradient
   void* out;                           // y or grad_input
   bool forward, want_weight, want_bias, direct;  // direct: computed in the tensors, not in buffers;
-  bool windows, past_caches;           // then: pixels of few channels with gaps between them, or short rows; an output that no cache holds
+  bool windows;                        // then: pixels of few channels with gaps between them, or short rows;
+  bool past_caches, staged;            // an output that no cache holds, where it is made or from a buffer
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
   int64_t lanes, multiple;             // lanes per tile; slots of a pixel are a multiple of this: its last vector overlaps
   int64_t taps;                        // of a channel in weight
@@ -753,7 +767,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   const int64_t full = round_up(ns, vector), tap = (p.channels_last ? full : std::min(full, std::max<int64_t>(j.lanes, 64))) + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
-  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out) + 16 * j.lanes);  // and what the last transposition reads too much
+  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns + (j.staged ? j.together * room_out : 0) : j.together * (room_in + 2 * room_out) + 16 * j.lanes);  // and what the last transposition reads too much
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
@@ -863,7 +877,14 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, packed_row(tile(n0 + n).nq)});
         return in_buffer((const R*)buffer, v, room, whole);
       };
-      if (j.direct && nq > 0) compute(in_place(vo, (T*)j.out, o0), in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), (T*)weights);
+      if (j.direct && nq > 0) {
+        auto out = in_place(vo, (T*)j.out, o0);
+        const auto there = out;
+        if (j.staged) out.data = (T*)buffer_in, out.image = (o1 - o0) * vo.row;
+        compute(out, in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), (T*)weights);
+        for (int64_t n = 0; n < images && j.staged; n++)
+          copy_past_caches((char*)(there.data + n * there.image), (const char*)(out.data + n * out.image), out.image * sizeof(T));
+      }
       if (!j.direct && nq > 0) {
         compute(in_buffer(buffer_out, vo, room_out, whole_out),
                 packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in, whole_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out, whole_out), weights);
@@ -895,7 +916,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     std::fill(totals.begin(), totals.end(), 0.0);
   }
 #if defined(__x86_64__)
-  if (j.past_caches) asm volatile("sfence" ::: "memory");  // such stores are not ordered with those that tell of the task's end
+  if (j.past_caches || j.staged) asm volatile("sfence" ::: "memory");  // such stores are not ordered with those that tell of the task's end
 #endif
 }
 
@@ -964,8 +985,6 @@ void run(Job j, void* grad_weight, void* grad_bias) {
               element * j.lanes < 64 && p.type != Type::f64;
   j.direct = j.windows || ((p.type != Type::f16 || (j.forward && vector_bytes > 16)) && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
-  const int64_t row = j.vout.row * element;  // whose ends, or pixels', parts of lines, would come back from memory
-  j.past_caches = j.direct && (gaps ? (j.lanes | p.C) * element % 64 == 0 : row % 64 == 0 || row >= 2048) && p.N * p.C * j.vout.rows * j.vout.width * element > (j.forward ? 16 : 8) << 20;
   j.multiple = j.direct && gaps && !j.windows ? at_once : 1;
   j.bytes = j.windows || (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) ? vector_bytes : bytes;
   if (j.direct && j.forward) j.nq = std::min(Q, 8 * wanted / j.lanes);
@@ -977,7 +996,12 @@ void run(Job j, void* grad_weight, void* grad_bias) {
     v.col = 0, v.step = 1;
   }
   j.slots = round_up((j.skip ? p.W : j.nq) * round_up(j.lanes, j.multiple), vector);
-  j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
+  // What no cache holds is stored past them: pixels or rows of whole lines where they are made; other rows, whose ends would come back from memory
+  // for the next, and all rows of planes whose vectors are parts of lines, some at a time from a buffer in the first cache.
+  const bool large = j.direct && p.N * p.C * j.vout.rows * j.vout.width * element > (j.forward ? 16 : 8) << 20, lines = (gaps ? j.lanes | p.C : j.vout.row) * element % 64 == 0;
+  j.staged = large && j.out && !gaps && !j.windows && j.nq == j.vout.width && !(lines && (vector_bytes == 64 || p.channels_last));
+  j.past_caches = large && lines && vector_bytes == 64 && !j.staged;
+  j.band = std::min(j.vout.rows, std::max<int64_t>(16, j.staged ? 16384 / element / j.slots : (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   const int64_t block = 8 * std::lcm(p.stride_h, p.dilation) / (j.forward ? p.stride_h : 1);  // rows that conv takes at once
   j.cut = j.band < j.vout.rows && j.band >= block ? block : 1, j.band -= j.band % j.cut;
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
