@@ -767,7 +767,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   const int64_t full = round_up(ns, vector), tap = (p.channels_last ? full : std::min(full, std::max<int64_t>(j.lanes, 64))) + vector;
   auto place = [&](int64_t s) { return sizeof(T) > 2 || !j.direct ? s : (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2; };  // of slot s, the even ones before the odd
   const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
-  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns + (j.staged ? j.together * room_out : 0) : j.together * (room_in + 2 * room_out) + 16 * j.lanes);  // and what the last transposition reads too much
+  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns + (j.staged ? j.together * j.band * j.vout.row : 0) : j.together * (room_in + 2 * room_out) + 16 * j.lanes);  // and what the last transposition reads too much
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
@@ -835,8 +835,11 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       i0 = clamp(i0, 0, vi.rows), i1 = clamp(i1, i0, vi.rows);
       auto tin = [&](int64_t n) { return Tile{i0, i1 - i0, whole_in ? 0 : q0, whole_in ? vi.width : nq, lanes, present(n)}; };
       auto tout = [&](int64_t n) { return Tile{o0, o1 - o0, whole_out ? 0 : q0, whole_out ? vo.width : nq, lanes, present(n)}; };
+      const int64_t tile_out = (o1 - o0) * vo.row;  // numbers of an image's, if all columns are its
+      auto result = [&](int64_t n) { return (T*)j.out + image(vo, n) + o0 * vo.row; };
+      auto made = [&](int64_t n) { return j.staged ? (T*)buffer_in + (n - n0) * tile_out : result(n); };
       for (int64_t n = n0; n < n0 + images && j.out; n++)
-        fill(j.bytes, vo, (T*)j.out + image(vo, n), tout(n), ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
+        fill(j.bytes, vo, made(n) - o0 * vo.row, tout(n), ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
         using E = std::remove_pointer_t<decltype(weights)>;
         const auto* init = weights + K * w_tap;
@@ -866,9 +869,10 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           }
         }
       };
-      auto in_place = [&](const View& v, auto* from, int64_t row) {
-        return Rows<std::remove_pointer_t<decltype(from)>>{from ? from + image(v, n0) + row * v.row + (v.col + q0 * v.step) * v.px : from, v.row, apart(v), padded, v.step * v.px - padded, lanes - j.multiple};
+      auto rows_from = [&](const View& v, auto* first, int64_t apart) {
+        return Rows<std::remove_pointer_t<decltype(first)>>{first + (v.col + q0 * v.step) * v.px, v.row, apart, padded, v.step * v.px - padded, lanes - j.multiple};
       };
+      auto in_place = [&](const View& v, const void* from, int64_t row) { return rows_from(v, (const T*)from + image(v, n0) + row * v.row, apart(v)); };
       auto in_buffer = [&](auto* buffer, const View& v, int64_t room, bool whole) {
         using E = std::remove_pointer_t<decltype(buffer)>;
         return whole ? Rows<E>{buffer + j.first * lanes, packed_row(v.width), room, lanes, j.skip * lanes} : Rows<E>{buffer, packed_row(nq), room};
@@ -878,12 +882,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         return in_buffer((const R*)buffer, v, room, whole);
       };
       if (j.direct && nq > 0) {
-        auto out = in_place(vo, (T*)j.out, o0);
-        const auto there = out;
-        if (j.staged) out.data = (T*)buffer_in, out.image = (o1 - o0) * vo.row;
-        compute(out, in_place(vi, (const T*)j.in, i0), in_place(vo, (const T*)j.x, o0), (T*)weights);
-        for (int64_t n = 0; n < images && j.staged; n++)
-          copy_past_caches((char*)(there.data + n * there.image), (const char*)(out.data + n * out.image), out.image * sizeof(T));
+        compute(rows_from(vo, made(n0), j.staged ? tile_out : apart(vo)), in_place(vi, j.in, i0), in_place(vo, j.x, o0), (T*)weights);
+        for (int64_t n = n0; n < n0 + images && j.staged; n++) copy_past_caches((char*)result(n), (const char*)made(n), tile_out * sizeof(T));
       }
       if (!j.direct && nq > 0) {
         compute(in_buffer(buffer_out, vo, room_out, whole_out),
@@ -999,9 +999,9 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   // What no cache holds is stored past them: pixels or rows of whole lines where they are made; other rows, whose ends would come back from memory
   // for the next, and all rows of planes whose vectors are parts of lines, some at a time from a buffer in the first cache.
   const bool large = j.direct && p.N * p.C * j.vout.rows * j.vout.width * element > (j.forward ? 16 : 8) << 20, lines = (gaps ? j.lanes | p.C : j.vout.row) * element % 64 == 0;
-  j.staged = large && j.out && !gaps && !j.windows && j.nq == j.vout.width && !(lines && (vector_bytes == 64 || p.channels_last));
+  j.staged = large && j.out && !gaps && !j.windows && j.nq == Q && !(lines && (vector_bytes == 64 || p.channels_last));
   j.past_caches = large && lines && vector_bytes == 64 && !j.staged;
-  j.band = std::min(j.vout.rows, std::max<int64_t>(16, j.staged ? 16384 / element / j.slots : (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
+  j.band = std::min(j.vout.rows, std::max<int64_t>(j.staged ? 8 : 16, j.staged ? 16384 / element / j.slots : (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   const int64_t block = 8 * std::lcm(p.stride_h, p.dilation) / (j.forward ? p.stride_h : 1);  // rows that conv takes at once
   j.cut = j.band < j.vout.rows && j.band >= block ? block : 1, j.band -= j.band % j.cut;
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
