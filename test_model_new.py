@@ -1014,6 +1014,9 @@ def huge(device):
                                          ("weight", grad_weight, exact_weight, least), ("bias", grad_bias, exact_bias, least)):
             assert error(mine, exact, least) < 2 * DTYPES[dtype], (shape, dtype, layout, name, error(mine, exact, least))
         del x, g, t, y, grad_x
+    if device == "cpu":
+        strided = Case("strided, beyond caches", (4, 16, 512, 512), 3, 2, 1, 1, True)
+        no_failures(compare(strided, random.choice(list(DTYPES)), device, dense("contiguous"), by=formula))
 
 
 # ---- first imports that are disturbed (--faults) ----------------------------------------------------------------------

@@ -744,8 +744,8 @@ struct Job {
   const void *in, *weight, *bias, *x;  // in: x forward, grad_output backward; x: for the weight gradient
   void* out;                           // y or grad_input
   bool forward, want_weight, want_bias, direct;  // direct: computed in the tensors, not in buffers;
-  bool windows;                        // then: pixels of few channels with gaps between them, or short rows;
-  bool past_caches, staged;            // an output that no cache holds, where it is made or from a buffer
+  bool windows;                        // then: pixels of few channels with gaps between them, or short rows
+  bool past_caches, staged;            // an output that no cache holds is stored past them, where it is made or from a buffer
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
   int64_t lanes, multiple;             // lanes per tile; slots of a pixel are a multiple of this: its last vector overlaps
   int64_t taps;                        // of a channel in weight
@@ -768,11 +768,12 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   const bool divided = j.direct && (std::is_same_v<T, BFloat16> || (std::is_same_v<T, Half> && j.bytes == 16));
   auto place = [&](int64_t s) { return divided ? (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2 : s; };  // of slot s, the even ones before the odd
   const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
-  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns + (j.staged ? j.together * j.band * j.vout.row : 0) : j.together * (room_in + 2 * room_out) + 16 * j.lanes);  // and what the last transposition reads too much
+  const int64_t room_staged = j.staged ? j.together * j.band * j.vout.row : 0;
+  const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out) + 16 * j.lanes /* which the last transposition reads too much */) + room_staged;
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
-  R *weights = scratch.get(), *init = weights + (K + 1) * w_tap, *sums = init + w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out;
+  R *weights = scratch.get(), *init = weights + (K + 1) * w_tap, *sums = init + w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out, *staged = scratch.get() + size - room_staged;
   const bool whole_in = j.skip && j.forward, whole_out = j.skip && !j.forward;
   std::vector<const void*> table(8 * (K + 1));
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
@@ -838,7 +839,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto tout = [&](int64_t n) { return Tile{o0, o1 - o0, whole_out ? 0 : q0, whole_out ? vo.width : nq, lanes, present(n)}; };
       const int64_t tile_out = (o1 - o0) * vo.row;  // numbers of an image's, if all columns are its
       auto result = [&](int64_t n) { return (T*)j.out + image(vo, n) + o0 * vo.row; };
-      auto made = [&](int64_t n) { return j.staged ? (T*)buffer_in + (n - n0) * tile_out : result(n); };
+      auto made = [&](int64_t n) { return j.staged ? (T*)staged + (n - n0) * tile_out : result(n); };
       for (int64_t n = n0; n < n0 + images && j.out; n++)
         fill(j.bytes, vo, made(n) - o0 * vo.row, tout(n), ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
@@ -883,13 +884,13 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       };
       if (j.direct && nq > 0) {
         compute(rows_from(vo, made(n0), j.staged ? tile_out : apart(vo)), in_place(vi, j.in, i0), in_place(vo, j.x, o0), (T*)weights);
-        for (int64_t n = n0; n < n0 + images && j.staged; n++) copy_past_caches((char*)result(n), (const char*)made(n), tile_out * sizeof(T));
       }
       if (!j.direct && nq > 0) {
         compute(in_buffer(buffer_out, vo, room_out, whole_out),
                 packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in, whole_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out, whole_out), weights);
-        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, (T*)j.out + image(vo, n0 + n), tout(n0 + n), Rows<R>{buffer_out + n * room_out, packed_row(tout(n0 + n).nq)}, init);
+        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, made(n0 + n) - o0 * vo.row, tout(n0 + n), Rows<R>{buffer_out + n * room_out, packed_row(tout(n0 + n).nq)}, init);
       }
+      for (int64_t n = n0; n < n0 + images && j.staged; n++) copy_past_caches((char*)result(n), (const char*)made(n), tile_out * sizeof(T));
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
         int64_t w0 = p.W_out * ct / j.column_tiles, w1 = p.W_out * (ct + 1) / j.column_tiles;
         for (int64_t n = n0, added = 0; n < n0 + images; n++) for (int64_t h = p.H_out * b / bands, h1 = p.H_out * (b + 1) / bands, rows; h < h1; h += rows) {
@@ -996,12 +997,13 @@ void run(Job j, void* grad_weight, void* grad_bias) {
     v.col = 0, v.step = 1;
   }
   j.slots = round_up((j.skip ? p.W : j.nq) * round_up(j.lanes, j.multiple), vector);
-  // What no cache holds is stored past them: pixels or rows of whole lines where they are made; other rows, whose ends would come back from memory
-  // for the next, and all rows of planes whose vectors are parts of lines, some at a time from a buffer in the first cache.
-  const bool large = j.direct && p.N * p.C * j.vout.rows * j.vout.width * element > (j.forward ? 16 : 8) << 20, lines = (gaps ? j.lanes | p.C : j.vout.row) * element % 64 == 0;
-  j.staged = large && j.out && !gaps && !j.windows && j.nq == Q && !(lines && (vector_bytes == 64 || p.channels_last));
-  j.past_caches = large && lines && vector_bytes == 64 && !j.staged;
-  j.band = std::min(j.vout.rows, std::max<int64_t>(j.staged ? 8 : 16, j.staged ? 16384 / element / j.slots : (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
+  // An output that no cache holds is stored past them: pixels or rows of whole lines where they are made; others, whose lines' ends would come back
+  // from memory, from a buffer: a few rows at a time, which the first cache holds, or those that are unpacked.
+  const bool large = p.N * p.C * j.vout.rows * j.vout.width * element >= (j.forward ? 16 : 8) << 20, lines = (gaps ? j.lanes | p.C : j.vout.row) * element % 64 == 0;
+  j.staged = large && j.out && j.nq == Q && (j.direct ? !gaps && !j.windows && !(lines && (vector_bytes == 64 || p.channels_last)) : j.lanes == 1);
+  j.past_caches = large && j.direct && lines && vector_bytes == 64 && !j.staged;
+  const bool few = j.staged && j.direct;
+  j.band = std::min(j.vout.rows, std::max<int64_t>(few ? 8 : 16, few ? 16384 / element / j.slots : (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   const int64_t block = 8 * std::lcm(p.stride_h, p.dilation) / (j.forward ? p.stride_h : 1);  // rows that conv takes at once
   j.cut = j.band < j.vout.rows && j.band >= block ? block : 1, j.band -= j.band % j.cut;
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
