@@ -765,8 +765,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   const int64_t K = p.K, S = p.stride_h, D = p.dilation, pad = p.padding_h, vector = j.bytes / (j.direct ? sizeof(T) : sizeof(R)), ns = j.slots;  // vector: slots that are computed at once
   const int64_t bands = j.bands, units = j.sets * bands * j.column_tiles, w_tap = repeated(j.lanes);
   const int64_t full = round_up(ns, vector), tap = (p.channels_last ? full : std::min(full, std::max<int64_t>(j.lanes, 64))) + vector;
-  const bool divided = j.direct && (std::is_same_v<T, BFloat16> || (std::is_same_v<T, Half> && j.bytes == 16));
-  auto place = [&](int64_t s) { return divided ? (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2 : s; };  // of slot s, the even ones before the odd
+  auto place = [&](int64_t s) { return j.direct && std::is_same_v<T, BFloat16> ? (s & -vector) + (s & 1) * (vector / 2) + (s & (vector - 1)) / 2 : s; };  // of slot s, the even ones before the odd
   const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
   const int64_t room_staged = j.staged ? j.together * j.band * j.vout.row : 0;
   const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out) + 16 * j.lanes /* which the last transposition reads too much */) + room_staged;
@@ -984,7 +983,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const bool spread = met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536;
   j.windows = vector_bytes == 64 && j.forward && p.channels_last && (gaps || (element * run < 64 && (element == 2 || p.padding_w > 0))) && spread &&
               element * j.lanes < 64 && p.type != Type::f64;
-  j.direct = j.windows || ((p.type != Type::f16 || vector_bytes > 16) && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
+  j.direct = j.windows || ((p.type != Type::f16 || bytes > 16) && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
   j.multiple = j.direct && gaps && !j.windows ? at_once : 1;
   j.bytes = j.windows || (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) ? vector_bytes : bytes;
