@@ -837,7 +837,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto tin = [&](int64_t n) { return Tile{i0, i1 - i0, whole_in ? 0 : q0, whole_in ? vi.width : nq, lanes, present(n)}; };
       auto tout = [&](int64_t n) { return Tile{o0, o1 - o0, whole_out ? 0 : q0, whole_out ? vo.width : nq, lanes, present(n)}; };
       const int64_t tile_out = (o1 - o0) * vo.row;  // numbers of an image's, if all columns are its
-      auto result = [&](int64_t n) { return (T*)j.out + image(vo, n) + o0 * vo.row; };
+      auto result = [&](int64_t n) { return j.out ? (T*)j.out + image(vo, n) + o0 * vo.row : nullptr; };
       auto made = [&](int64_t n) { return j.staged ? (T*)staged + (n - n0) * tile_out : result(n); };
       for (int64_t n = n0; n < n0 + images && j.out; n++)
         fill(j.bytes, vo, made(n) - o0 * vo.row, tout(n), ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
@@ -870,9 +870,9 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         }
       };
       auto rows_from = [&](const View& v, auto* first, int64_t apart) {
-        return Rows<std::remove_pointer_t<decltype(first)>>{first + (v.col + q0 * v.step) * v.px, v.row, apart, padded, v.step * v.px - padded, lanes - j.multiple};
+        return Rows<std::remove_pointer_t<decltype(first)>>{first ? first + (v.col + q0 * v.step) * v.px : first, v.row, apart, padded, v.step * v.px - padded, lanes - j.multiple};
       };
-      auto in_place = [&](const View& v, const void* from, int64_t row) { return rows_from(v, (const T*)from + image(v, n0) + row * v.row, apart(v)); };
+      auto in_place = [&](const View& v, const void* from, int64_t row) { return rows_from(v, from ? (const T*)from + image(v, n0) + row * v.row : nullptr, apart(v)); };
       auto in_buffer = [&](auto* buffer, const View& v, int64_t room, bool whole) {
         using E = std::remove_pointer_t<decltype(buffer)>;
         return whole ? Rows<E>{buffer + j.first * lanes, packed_row(v.width), room, lanes, j.skip * lanes} : Rows<E>{buffer, packed_row(nq), room};
@@ -881,9 +881,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
         for (int64_t n = 0; n < images && from; n++) pack(j.bytes, v, (const T*)from + image(v, n0 + n), tile(n0 + n), Rows<R>{buffer + n * room, packed_row(tile(n0 + n).nq)});
         return in_buffer((const R*)buffer, v, room, whole);
       };
-      if (j.direct && nq > 0) {
-        compute(rows_from(vo, made(n0), j.staged ? tile_out : apart(vo)), in_place(vi, j.in, i0), in_place(vo, j.x, o0), (T*)weights);
-      }
+      if (j.direct && nq > 0) compute(rows_from(vo, made(n0), j.staged ? tile_out : apart(vo)), in_place(vi, j.in, i0), in_place(vo, j.x, o0), (T*)weights);
       if (!j.direct && nq > 0) {
         compute(in_buffer(buffer_out, vo, room_out, whole_out),
                 packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in, whole_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out, whole_out), weights);
