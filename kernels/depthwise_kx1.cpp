@@ -698,9 +698,11 @@ template <class F> __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx
 template <class F> __attribute__((target("avx2,fma,f16c"))) void avx2(const F& f) { f(Number<32>()); }
 static const int vector_bytes = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 64
                        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? 32 : 16;
+constexpr bool can_store_past_caches = true;
 template <class F> void simd(int bytes, const F& f) { bytes == 64 ? avx512(f) : bytes == 32 ? avx2(f) : f(Number<16>()); }
 #else
 static const int vector_bytes = 16;
+constexpr bool can_store_past_caches = false;
 template <class F> void simd(int, const F& f) { f(Number<16>()); }
 #endif
 #define SIMD(R, ...) simd(bytes, [&](auto number) __attribute__((always_inline)) { Vector<R, number.value>::__VA_ARGS__; })
@@ -772,7 +774,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
-  R *weights = scratch.get(), *init = weights + (K + 1) * w_tap, *sums = init + w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out, *staged = scratch.get() + size - room_staged;
+  R *weights = scratch.get(), *init = weights + (K + 1) * w_tap, *sums = init + w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out, *stage = scratch.get() + size - room_staged;
   const bool whole_in = j.skip && j.forward, whole_out = j.skip && !j.forward;
   std::vector<const void*> table(8 * (K + 1));
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
@@ -837,8 +839,9 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto tin = [&](int64_t n) { return Tile{i0, i1 - i0, whole_in ? 0 : q0, whole_in ? vi.width : nq, lanes, present(n)}; };
       auto tout = [&](int64_t n) { return Tile{o0, o1 - o0, whole_out ? 0 : q0, whole_out ? vo.width : nq, lanes, present(n)}; };
       const int64_t tile_out = (o1 - o0) * vo.row;  // numbers of an image's, if all columns are its
+      // Where row o0 of an image of out belongs, and where it is made
       auto result = [&](int64_t n) { return j.out ? (T*)j.out + image(vo, n) + o0 * vo.row : nullptr; };
-      auto made = [&](int64_t n) { return j.staged ? (T*)staged + (n - n0) * tile_out : result(n); };
+      auto made = [&](int64_t n) { return j.staged ? (T*)stage + (n - n0) * tile_out : result(n); };
       for (int64_t n = n0; n < n0 + images && j.out; n++)
         fill(j.bytes, vo, made(n) - o0 * vo.row, tout(n), ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
@@ -996,9 +999,9 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.slots = round_up((j.skip ? p.W : j.nq) * round_up(j.lanes, j.multiple), vector);
   // An output that no cache holds is stored past them: pixels or rows of whole lines where they are made; others, whose lines' ends would come back
   // from memory, from a buffer: a few rows at a time, which the first cache holds, or those that are unpacked.
-  const bool large = p.N * p.C * j.vout.rows * j.vout.width * element >= (j.forward ? 16 : 8) << 20, lines = (gaps ? j.lanes | p.C : j.vout.row) * element % 64 == 0;
-  j.staged = large && j.out && j.nq == Q && (j.direct ? !gaps && !j.windows && !(lines && (vector_bytes == 64 || p.channels_last)) : j.lanes == 1);
-  j.past_caches = large && j.direct && lines && vector_bytes == 64 && !j.staged;
+  const bool large = can_store_past_caches && p.N * p.C * j.vout.rows * j.vout.width * element >= (j.forward ? 16 : 8) << 20, whole_lines = (gaps ? j.lanes | p.C : j.vout.row) * element % 64 == 0;
+  j.staged = large && j.out && j.nq == Q && (j.direct ? !gaps && !j.windows && !(whole_lines && (vector_bytes == 64 || p.channels_last)) : j.lanes == 1);
+  j.past_caches = large && j.direct && whole_lines && vector_bytes == 64 && !j.staged;
   const bool few = j.staged && j.direct;
   j.band = std::min(j.vout.rows, std::max<int64_t>(few ? 8 : 16, few ? 16384 / element / j.slots : (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   const int64_t block = 8 * std::lcm(p.stride_h, p.dilation) / (j.forward ? p.stride_h : 1);  // rows that conv takes at once
