@@ -151,10 +151,10 @@ def _compile(name, folder, sources, cflags, cuda_flags, cuda_home):
     with patch.object(logging.getLogger("torch.utils.cpp_extension"), "disabled", True):  # where it finds no GPU, it says so
         from torch.utils import cpp_extension
     # load_inline makes one file of all C++ and one of all CUDA; the others are compiled beside them, in a third of the time.
-    (shared, cpu, *types, operators), (templates, first, *more) = (
+    (shared, cpu, *types, operators), (kernels, plans, launchers, first, *more) = (
         re.split("// ---- end of .* ----\n", sources[name]) for name in ("depthwise_kx1.cpp", "depthwise_kx1.cu"))
     others = {f"cpu{i}.cpp": shared + cpu + part for i, part in enumerate(types)}
-    others |= {f"{i}.cu": shared + templates + part for i, part in enumerate(more) if cuda_home}
+    others |= {f"{i}.cu": shared + kernels + launchers + part for i, part in enumerate(more) if cuda_home}
     for file, text in others.items():
         with open(f"{folder}/{file}", "w", encoding="utf-8") as file:
             file.write(text)
@@ -165,7 +165,7 @@ def _compile(name, folder, sources, cflags, cuda_flags, cuda_home):
         return jit_compile(name, [*files, *(f"{folder}/{file}" for file in others)], *rest, **options)
 
     with patch.dict(os.environ, PATH=path), patch.multiple(cpp_extension, CUDA_HOME=cuda_home, _jit_compile=with_others):
-        cpp_extension.load_inline(name, shared + operators, shared + templates + first if cuda_home else None, extra_cflags=cflags,
+        cpp_extension.load_inline(name, shared + operators, shared + kernels + plans + launchers + first if cuda_home else None, extra_cflags=cflags,
                                   extra_cuda_cflags=cuda_flags, build_directory=folder, is_python_module=False, no_implicit_headers=True)
 
 
@@ -177,7 +177,7 @@ def _load():
     if hasattr(ops, "forward"):  # another copy of this file came first
         return ops
     cuda_home, cuda_version, architectures, missing = _plan_cuda()
-    cflags = ["-O1", f"-DDEPTHWISE_KX1_NAMESPACE={namespace}"] + ["-DWITH_CUDA"] * bool(cuda_home)
+    cflags = ["-O1", "--param=ggc-min-heapsize=500000", f"-DDEPTHWISE_KX1_NAMESPACE={namespace}"] + ["-DWITH_CUDA"] * bool(cuda_home)
     cuda_flags = ["-std=c++20", "-Xcompiler=-O1", *architectures]
     root = os.path.abspath(os.environ.get("TORCH_EXTENSIONS_DIR") or _user_cache_dir("torch_extensions"))
     library = os.path.join(root, namespace + "_" + _digest(

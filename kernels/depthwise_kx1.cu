@@ -1,6 +1,5 @@
 #include <cuda_runtime.h>
 
-#include <numeric>
 #include <optional>
 #include <type_traits>
 #include <utility>
@@ -13,7 +12,7 @@ struct Sums {
 };
 const char* add_up(const Call&, const Sums&, const void* partial);
 
-namespace {
+inline namespace gpu {  // not an unnamed one: the parts share its plans
 
 // Sums are kept in float, for double in double.
 template <class T> struct SumOf { using type = float; };
@@ -26,7 +25,7 @@ template <int V, class T> __device__ Packed<T, V> load(const T* p) { return *rei
 template <int V, class T> __device__ void store(T* p, const Packed<T, V>& v) { *reinterpret_cast<Packed<T, V>*>(p) = v; }
 
 // 16 bytes at once: the compiler would split some of these.
-__device__ void store_16(void* to, uint4 v) {
+inline __device__ void store_16(void* to, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
@@ -112,7 +111,7 @@ struct Divisor {
 };
 
 // Bits [lo, hi) of a word.
-__device__ uint32_t bits(int lo, int hi) {
+inline __device__ uint32_t bits(int lo, int hi) {
   lo = max(lo, 0), hi = min(hi, 32);
   return hi <= lo ? 0 : ~0u >> (32 - (hi - lo)) << lo;
 }
@@ -326,13 +325,13 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
 
 // R of `slide`, and blocks of a multiprocessor, by measurement.
 constexpr int slide_rows(int size, int M, bool gradient) { return gradient ? 4 : size == 2 ? M == 3 ? 5 : 7 : M == 5 || M == 7 ? 5 : 6; }
-constexpr int slide_blocks(int size, int M, bool gradient) { return gradient ? 5 : M == 3 ? 6 : size == 4 && M < 11 ? 5 : 4; }
+constexpr int slide_blocks(int size, int M, bool channels_last, bool gradient) { return gradient || (size == 2 && M == 3 && channels_last) ? 5 : M == 3 ? 6 : size == 4 && M < 11 ? 5 : 4; }
 
 // `walk` for M taps at stride 1: rows stay packed, as loaded, until their turn, and a sum lives for one row of out, so that registers have
 // room for more rows on their way, and fewer are read twice. Registers: R + M - 1 packed rows of in, R of x, M of numbers, and if Gradient the
 // sums of x * grad_output for each tap, and of grad_output.
 template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient>
-__global__ void __launch_bounds__(128, slide_blocks(sizeof(T), M, Gradient))
+__global__ void __launch_bounds__(128, slide_blocks(sizeof(T), M, ChannelsLast, Gradient))
 slide(const __grid_constant__ Walk a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
       T* __restrict__ out, float* __restrict__ partial) {
   constexpr int Vw = ChannelsLast ? V : 1;
@@ -342,6 +341,7 @@ slide(const __grid_constant__ Walk a, const T* __restrict__ in, const T* __restr
   const int column = a.pixel_begin + (tile_column * tx + (threadIdx.x & (tx - 1))) * V, in_column = column - (Gradient ? 0 : padding), out_column = column - (Gradient ? padding : 0);
   const bool owned = out_column >= 0 && out_column < int(a.out_columns), reached = in_column >= 0 && in_column < int(a.in_columns);
   const uint32_t in_stride = a.in_columns * d, out_stride = a.out_columns * d, all_in = ~0u >> (33 - R - M), all_out = ~0u >> (32 - R);
+  const bool singly = ChannelsLast && (M == 3 || sizeof(T) == 4) && (a.C % V || reinterpret_cast<uintptr_t>(weight) % 16);  // weights are loaded: no vector's lie side by side
   float dots[M] = {}, bias_sum = 0;
   for (int line = split * lines_per_tile + (threadIdx.x >> a.log2_tx); line < a.lines; line += a.splits * lines_per_tile) {
     int group, row = a.row_begin;
@@ -364,11 +364,16 @@ slide(const __grid_constant__ Walk a, const T* __restrict__ in, const T* __restr
       for (int r = 0; r < R; ++r, at += out_stride)
         if (Gradient) own_raw[r] = a.has_dots && (!guarded || mine >> r & 1) ? load<V>(x + (out_at + at)) : Packed<T, V>{};
       Packed<T, Vw> taps[M];  // of a channel, then of the next
-#pragma unroll
-      for (int m = 0; m < M; ++m) taps[m] = !Gradient || weight ? load<Vw>(weight + (c * M + m * Vw)) : Packed<T, Vw>{};
       float initial[Vw], window[M][V];
 #pragma unroll
-      for (int v = 0; v < Vw; ++v) initial[v] = !Gradient && bias ? widen(bias[c + v]) : 0;
+      for (int m = 0; m < M; ++m) taps[m] = !singly && (!Gradient || weight) ? load<Vw>(weight + (c * M + m * Vw)) : Packed<T, Vw>{};
+#pragma unroll
+      for (int v = 0; v < Vw; ++v) {
+        initial[v] = !Gradient && bias ? widen(bias[c]) : 0;
+#pragma unroll
+        for (int i = v * M; singly && i < v * M + M; ++i) taps[i / Vw].at[i % Vw] = weight[c * M + i - v * M];
+        if (++c == a.C) c = 0;
+      }
       at = 0;
 #pragma unroll
       for (int t = 0; t < R + M - 1; ++t) {
@@ -430,7 +435,7 @@ template <int Younger> __device__ void await_copies() {  // all but those of the
   asm volatile("cp.async.wait_group %0;" ::"n"(Younger) : "memory");
 #endif
 }
-__device__ void end_group_of_copies() {
+inline __device__ void end_group_of_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
@@ -764,7 +769,7 @@ template <class T> constexpr int strip = strip_bytes / sizeof(T);
 constexpr int pixels = 8, last_pitch = 4 * strip_bytes;  // of a strip in channels_last; of rows in shared memory, of up to 4 strips
 constexpr int gap = strip_bytes;  // zeros around 32 rows of an unaligned line
 // Where a byte of a row of an aligned strip lies: the 8 granules of 16 bytes of a row are permuted.
-__device__ int swizzled(int row, int byte) { return row * strip_bytes + (byte ^ row % 8 * 16); }
+inline __device__ int swizzled(int row, int byte) { return row * strip_bytes + (byte ^ row % 8 * 16); }
 constexpr int resident_blocks(bool gradient, bool aligned) { return gradient ? 2 : aligned ? 4 : 3; }  // of 4 warps a multiprocessor, by registers
 
 __host__ __device__ constexpr int tap_pairs(int tiles) { return 16 * tiles + 16; }  // places where pairs begin, in zeros around the taps
@@ -859,7 +864,7 @@ template <class T, int N, int A, int B> __device__ void multiply_add(float (*d)[
 
 // The parts of two floats, in pairs.
 struct Parts { uint32_t at[3]; };
-__device__ Parts to_parts(float v, float w) {
+inline __device__ Parts to_parts(float v, float w) {
   Parts to;
 #pragma unroll
   for (int p = 0; p < 3; ++p) {
@@ -870,7 +875,7 @@ __device__ Parts to_parts(float v, float w) {
 }
 
 // Two times two 8 x 8 numbers of rows in shared memory as fragments: rows `row` of 16 and columns `column` of 8 by lane.
-__device__ void load_fragments(uint32_t (&to)[4], const unsigned char* from) {
+inline __device__ void load_fragments(uint32_t (&to)[4], const unsigned char* from) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(uint32_t(__cvta_generic_to_shared(from))) : "memory");
@@ -879,7 +884,7 @@ __device__ void load_fragments(uint32_t (&to)[4], const unsigned char* from) {
 
 // Starts to copy 32 rows of aligned strips, `row_bytes` apart; zeros for rows outside [lo, hi) and to the right of byte `end` of a row.
 // The lines' warps share the rows of all.
-__device__ void copy_pair(unsigned char* to, const char* from, int64_t row_bytes, int lo, int hi, int end, int line, int lines) {
+inline __device__ void copy_pair(unsigned char* to, const char* from, int64_t row_bytes, int lo, int hi, int end, int line, int lines) {
   const int lane = threadIdx.x % 32, rows = 4 / lines, offset = lane % 8 * 16, first = line * 2 * rows + lane / 8 / lines;
   from += first * row_bytes + offset;
   const auto copy = [&]<bool inside> {
@@ -910,7 +915,7 @@ template <bool whole, class F> __device__ void each_granule(const Toeplitz& a, i
 
 // Starts to copy 32 rows of an unaligned line; zeros for rows outside [lo, hi). Numbers at the ends of a plane or a tensor [begin, limit) are
 // copied one by one.
-__device__ void copy_line(const Toeplitz& a, unsigned char* to, int pitch, const char* from, int64_t row_bytes, int lo, int hi, const char* begin, const char* limit, int thread) {
+inline __device__ void copy_line(const Toeplitz& a, unsigned char* to, int pitch, const char* from, int64_t row_bytes, int lo, int hi, const char* begin, const char* limit, int thread) {
   const int skipped = reinterpret_cast<uintptr_t>(from) & (a.modulus - 1);
   to += skipped;
   const auto copy = [&]<bool whole, bool inside> {
@@ -941,7 +946,7 @@ __device__ void copy_line(const Toeplitz& a, unsigned char* to, int pitch, const
 }
 
 // Stores `rows` rows of an unaligned line, bytes [begin, end) of each.
-__device__ void store_line(const Toeplitz& a, const unsigned char* from, int pitch, char* to, int64_t row_bytes, int rows, int begin, int end, int thread) {
+inline __device__ void store_line(const Toeplitz& a, const unsigned char* from, int pitch, char* to, int64_t row_bytes, int rows, int begin, int end, int thread) {
   const int skipped = reinterpret_cast<uintptr_t>(to) & (a.modulus - 1);
   from += skipped;
   if (a.whole) begin = 0, end = rows * pitch, rows = rows > 0;
@@ -1360,7 +1365,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
 }
 
 // The words made of one number of each of two places, for 8 channels.
-__device__ void load_two(uint32_t (&to)[8], const unsigned char* first, const unsigned char* second) {
+inline __device__ void load_two(uint32_t (&to)[8], const unsigned char* first, const unsigned char* second) {
   const uint4 v = at<uint4>(first), w = at<uint4>(second);
   to[0] = __byte_perm(v.x, w.x, 0x5410), to[1] = __byte_perm(v.x, w.x, 0x7632), to[2] = __byte_perm(v.y, w.y, 0x5410), to[3] = __byte_perm(v.y, w.y, 0x7632);
   to[4] = __byte_perm(v.z, w.z, 0x5410), to[5] = __byte_perm(v.z, w.z, 0x7632), to[6] = __byte_perm(v.w, w.w, 0x5410), to[7] = __byte_perm(v.w, w.w, 0x7632);
@@ -1657,29 +1662,29 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
 
 // Copies by the bulk copy engine (compute capability 9.0), between places that are alike modulo 16 bytes. Loads count on a barrier in
 // shared memory, on which all threads then wait for its phase.
-__device__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-__device__ void begin_barrier(uint64_t* barrier) {
+inline __device__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+inline __device__ void begin_barrier(uint64_t* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier)) : "memory");
 }
-__device__ void arrive(uint64_t* barrier) {
+inline __device__ void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-__device__ void await(uint64_t* barrier, uint32_t phase) {
+inline __device__ void await(uint64_t* barrier, uint32_t phase) {
   asm volatile("{.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
 }
-__device__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+inline __device__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
-__device__ void bulk_store(void* to, const void* from, uint32_t bytes) {
+inline __device__ void bulk_store(void* to, const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes) : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-__device__ void await_stores_read() {  // their shared memory is free again
+inline __device__ void await_stores_read() {  // their shared memory is free again
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-__device__ void show_to_copy_engine() {
+inline __device__ void show_to_copy_engine() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
@@ -2097,8 +2102,36 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
 
 // ---- Host ----
 // Instead of <algorithm>, which takes longer to compile than some kernels, as would cuda_fp16.h and cuda_bf16.h.
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+// A launch of one of the kernels: A is Walk, March, Low, Toeplitz, Bulk or Planes.
+template <class A> struct Plan {
+  A a;
+  bool applies;  // else the kernel cannot do it
+  int64_t blocks;
+  int threads;
+  size_t shared;  // bytes for a block
+  Sums sums;
+};
+
+using Outcome = std::optional<const char*>;  // of an attempt: nothing if it does not apply, else what went wrong or null
+
+// Plans and what else does not depend on a kernel's instance are plain functions, compiled once.
+const char* check(cudaError_t);
+const char* allow(const void* kernel, size_t shared);
+void* make_room(const Sums&, const Call&);
+uint64_t alignment(const Call&);
+bool aligned_tiles(const Call&);
+Plan<Walk> walk_plan(const Call&, const void* kernel, int V, int R, int M);
+Plan<March> march_plan(const Call&, int V, int M);
+Plan<Low> low_plan(const Call&, int V, int R, int M);
+Plan<Toeplitz> toeplitz_plan(const Call&);
+Plan<Bulk> bulk_plan(const Call&, int R, int M, bool strided);
+Plan<Planes> planes_plan(const Call&, int R, int M, bool gaps);
+}  // namespace gpu
+// ---- end of the kernels ----
+
+inline namespace gpu {
 template <class... Numbers> bool all_below(int64_t limit, Numbers... numbers) { return (... && (numbers < limit)); }
 
 struct Device {
@@ -2164,17 +2197,6 @@ Pass make_pass(const Call& c) {
 // Whether at stride 1 all rows of grad_output are met by some row of x: then its sum can be taken on the way.
 bool sees_grad_output(const Pass& a) { return !a.has_bias_sum || (a.p.padding_h <= (a.p.K - 1) * a.p.dilation && a.p.H >= a.p.dilation); }
 
-// A launch of one of the kernels: A is Walk, March, Low, Toeplitz, Bulk or Planes.
-template <class A> struct Plan {
-  A a;
-  bool applies;  // else the kernel cannot do it
-  int64_t blocks;
-  int threads;
-  size_t shared;  // bytes for a block
-  Sums sums;
-};
-
-using Outcome = std::optional<const char*>;  // of an attempt: nothing if it does not apply, else what went wrong or null
 const char* check(cudaError_t error) { return error == cudaSuccess ? nullptr : (cudaGetLastError(), cudaGetErrorString(error)); }
 
 // Memory for the blocks' sums, if they are wanted.
@@ -2193,21 +2215,14 @@ const char* allow(const void* kernel, size_t shared) {
   return error;
 }
 
-// Launches the kernel; adds up the blocks' sums, if there are.
-template <class T, class A>
-const char* run(void (*kernel)(A, const T*, const T*, const T*, const T*, T*, Sum<T>*), const Plan<A>& plan, const Call& c, void* partial) {
-  const void* const arguments[] = {&plan.a, &c.in, &c.x, &c.weight, &c.bias, &c.out, &partial};
-  if (const char* error = allow(reinterpret_cast<const void*>(kernel), plan.shared)) return error;
-  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), plan.blocks, plan.threads, const_cast<void**>(arguments), plan.shared, static_cast<cudaStream_t>(c.stream));
-  return error || !partial ? check(error) : add_up(c, plan.sums, partial);
-}
-
-// Plans are made by plain functions, which are compiled once for all instances of a kernel. This one is of `walk`, and with M = 0 of `slide`.
+// Of `walk`, and with M = 0 of `slide`.
 Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
   const Problem& p = c.p;
   const bool last = p.channels_last, gradient = c.transposed;
   const int size = size_of(p.type);
-  const int64_t s = p.stride_h, d = p.dilation, g = std::gcd(s, d);
+  const int64_t s = p.stride_h, d = p.dilation;
+  int64_t g = smaller(s, d);  // their greatest common divisor
+  while (s % g || d % g) --g;
   Plan<Walk> plan{{make_pass(c)}};
   Walk& a = plan.a;
   int64_t row_end = a.out_rows;
@@ -2253,60 +2268,6 @@ Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
   a.blocks = (last && p.C > V << a.log2_tx ? a.pixels : column_tiles) * a.splits;
   plan.sums = {.dots = a.dot_end, .blocks = a.blocks};
   return plan;
-}
-
-// R of `walk`, for which registers have room.
-constexpr int walk_rows(int size, int V, int M, bool channels_last, bool gradient) {
-  if (V == 1) return size == 8 ? 8 : 16;
-  if (M == 3) return (!gradient ? 32 : size == 2 || channels_last ? 16 : 24) / V;
-  return channels_last ? gradient ? 4 : 8 : gradient ? 5 : 7;
-}
-
-template <class T, int V, int M, bool ChannelsLast, bool Gradient> Outcome walk_by(Call c) {
-  constexpr int R = walk_rows(sizeof(T), V, M, ChannelsLast, Gradient);
-  const auto kernel = walk<T, V, R, M, ChannelsLast, Gradient>;
-  Plan<Walk> plan = walk_plan(c, reinterpret_cast<const void*>(kernel), V, R, M);
-  Walk& a = plan.a;
-  if (!plan.applies) return "more than 2^30 planes or rows, or rows too wide, for 32-bit indices";
-  void* const partial = make_room(plan.sums, c);
-  const int dots = a.has_dots ? a.K : 0, at_once = a.dot_end;
-  do {
-    a.dot_end = smaller(dots, a.dot_begin + at_once), plan.sums.first_tap = a.dot_begin, plan.sums.dots = a.dot_end - a.dot_begin;
-    if (const char* error = run<T>(kernel, plan, c, partial)) return error;
-    a.has_bias_sum = false, c.out = nullptr, c.grad_bias = nullptr, a.dot_begin += at_once;
-  } while (a.dot_begin < dots);
-  return nullptr;
-}
-
-template <class T, int M, bool ChannelsLast, bool Gradient = false> Outcome slide_by(const Call& c) {
-  constexpr int V = 16 / sizeof(T), R = slide_rows(sizeof(T), M, Gradient);
-  const auto kernel = slide<T, V, R, M, ChannelsLast, Gradient>;
-  Plan<Walk> plan = walk_plan(c, reinterpret_cast<const void*>(kernel), V, R, 0);
-  if (!plan.applies || (ChannelsLast && (c.p.C % V || reinterpret_cast<uintptr_t>(c.weight) % 16))) return {};
-  if (!Gradient) plan.a.splits = ceil_div(plan.a.lines, 128 >> plan.a.log2_tx), plan.blocks = plan.a.slices.divisor * plan.a.splits;  // a line for each thread
-  plan.threads = 128, plan.shared = 0;
-  return run<T>(kernel, plan, c, make_room(plan.sums, c));
-}
-
-template <class T> Outcome launch_slide(const Call& c) {
-  const bool last = c.p.channels_last;
-  if constexpr (sizeof(T) == 4) {
-    if (c.p.K == 11) return slide_by<T, 11, false>(c);
-    if (c.p.K == 7) return (last ? slide_by<T, 7, true> : slide_by<T, 7, false>)(c);
-    if (c.p.K == 5) return slide_by<T, 5, true>(c);
-  } else {
-    if (c.transposed) return slide_by<T, 3, false, true>(c);
-    if (c.p.K == 5) return (last ? slide_by<T, 5, true> : slide_by<T, 5, false>)(c);
-  }
-  return (last ? slide_by<T, 3, true> : slide_by<T, 3, false>)(c);
-}
-
-template <class T, int V, int M> Outcome launch_walk(const Call& c) {
-  if constexpr (sizeof(T) < 8) {
-    if (c.p.channels_last) return (c.transposed ? walk_by<T, V, M, true, true> : walk_by<T, V, M, true, false>)(c);
-  }
-  if constexpr (sizeof(T) > 2 || V != 4) return (c.transposed ? walk_by<T, V, M, false, true> : walk_by<T, V, M, false, false>)(c);
-  return {};
 }
 
 Plan<March> march_plan(const Call& c, int V, int M) {
@@ -2355,34 +2316,6 @@ Plan<March> march_plan(const Call& c, int V, int M) {
   return plan;
 }
 
-template <class T, int M, bool ChannelsLast, bool Gradient, int V = march_vector(sizeof(T), M, ChannelsLast, Gradient)> Outcome march_by(const Call& c) {
-  const Plan<March> plan = march_plan(c, V, M);
-  if (!plan.applies) return {};
-  return run<T>(march<T, V, M, ChannelsLast, Gradient>, plan, c, make_room(plan.sums, c));
-}
-
-template <class T> Outcome launch_march(const Call& c) {
-  const auto by = [&]<int M> { return (c.transposed ? march_by<T, M, false, true> : march_by<T, M, false, false>)(c); };
-  if constexpr (sizeof(T) == 2) return by.template operator()<7>();
-  else if (alignment(c) < 16) {  // rows that do not line up: a column for each thread
-    const auto singly = [&]<int M> { return (c.transposed ? march_by<T, M, false, true, 1> : march_by<T, M, false, false, 1>)(c); };
-    if (c.p.K > 15 && c.p.K < 22 && c.transposed) return march_by<T, 21, false, true, 1>(c);
-    return c.p.K <= 15 ? singly.template operator()<15>() : singly.template operator()<31>();
-  } else if (c.p.K <= 7) return march_by<T, 7, false, true>(c);
-  else return c.p.K <= 11 ? by.template operator()<11>() : by.template operator()<21>();
-}
-
-template <class T> Outcome launch_march_last(const Call& c) {
-  const auto by = [&]<int M> { return (c.transposed ? march_by<T, M, true, true> : march_by<T, M, true, false>)(c); };
-  if (c.p.K <= 3) return march_by<T, 3, true, true>(c);
-  if (c.p.K <= 7) return by.template operator()<7>();
-  if constexpr (sizeof(T) == 4) {
-    if (c.p.K > 21) return by.template operator()<31>();
-    if (c.p.K > 11) return by.template operator()<21>();
-  } else if (c.p.K > 11) return march_by<T, 21, true, false>(c);
-  return by.template operator()<11>();
-}
-
 Plan<Low> low_plan(const Call& c, int V, int R, int M) {
   constexpr int warps = low_threads / 32;
   const bool gradient = c.transposed;
@@ -2398,19 +2331,6 @@ Plan<Low> low_plan(const Call& c, int V, int R, int M) {
   plan.blocks = slices * a.splits, plan.threads = low_threads, plan.shared = gradient ? sizeof(float) * low_threads * V * (p.K + 1) : 0;
   plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
-}
-
-template <class T, int R, int M, bool Gradient> Outcome low_by(const Call& c) {
-  constexpr int V = (Gradient || R > 7 ? 4 : 8) / sizeof(T);
-  const Plan<Low> plan = low_plan(c, V, R, M);
-  if (!plan.applies) return {};
-  return run<T>(low<T, V, R, M, Gradient>, plan, c, make_room(plan.sums, c));
-}
-
-template <class T> Outcome launch_low(const Call& c) {
-  const auto by = [&]<int R, int M> { return (c.transposed ? low_by<T, R, M, true> : low_by<T, R, M, false>)(c); };
-  if (c.p.H == 7) return by.template operator()<7, 7>();
-  return c.p.K <= 7 ? by.template operator()<16, 7>() : by.template operator()<16, 11>();
 }
 
 // Whether the tiles of tensor cores are aligned.
@@ -2501,23 +2421,6 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   return plan;
 }
 
-template <class T> Outcome launch_toeplitz(const Call& c) {
-  const Plan<Toeplitz> plan = toeplitz_plan(c);
-  if (!plan.applies) return {};
-  constexpr bool only_aligned = sizeof(T) == 4;
-  const bool aligned = aligned_tiles(c);
-  const bool split = plan.threads > 32 * plan.a.side * plan.a.line_strips;
-  const auto kernel = c.grad_weight || c.grad_bias ? split ? toeplitz<T, true, true, true> : aligned ? toeplitz<T, true, true> : toeplitz<T, only_aligned, true>
-                                                   : aligned ? toeplitz<T, true, false> : toeplitz<T, only_aligned, false>;
-  return run<T>(kernel, plan, c, make_room(plan.sums, c));
-}
-
-template <class T> Outcome launch_toeplitz_last(const Call& c) {
-  const Plan<Toeplitz> plan = toeplitz_plan(c);
-  if (!plan.applies) return {};
-  return run<T>(c.grad_weight || c.grad_bias ? toeplitz_last<T, true> : toeplitz_last<T, false>, plan, c, make_room(plan.sums, c));
-}
-
 Plan<Bulk> bulk_plan(const Call& c, int R, int M, bool strided) {
   const Problem& p = c.p;
   const bool gradient = c.transposed;
@@ -2562,23 +2465,6 @@ Plan<Bulk> bulk_plan(const Call& c, int R, int M, bool strided) {
   return plan;
 }
 
-template <class T, int R, int M, bool Gradient, bool Strided> Outcome bulk_by(const Call& c) {
-  const Plan<Bulk> plan = bulk_plan(c, R, M, Strided);
-  if (!plan.applies) return {};
-  return run<T>(bulk<T, R, M, Gradient, Strided>, plan, c, make_room(plan.sums, c));
-}
-
-template <class T> Outcome launch_bulk(const Call& c) {
-  const Problem& p = c.p;
-  const auto by = [&]<int R, int M, bool Strided> { return (c.transposed ? bulk_by<T, R, M, true, Strided> : bulk_by<T, R, M, false, Strided>)(c); };
-  if (p.stride_h > 1 || p.stride_w > 1) {
-    if constexpr (sizeof(T) == 4) return c.transposed ? bulk_by<T, 8, 2, true, true>(c) : Outcome();
-    else return by.template operator()<8, 2, true>();
-  }
-  if (p.K <= 3) return by.template operator()<8, 3, false>();
-  return round_up(p.K, 5) < round_up(p.K, 7) ? by.template operator()<8, 5, false>() : by.template operator()<8, 7, false>();
-}
-
 Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   const Problem& p = c.p;
   const bool gradient = c.transposed;
@@ -2613,6 +2499,147 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   plan.blocks = slices * a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
 }
+}  // namespace gpu
+// ---- end of the plans ----
+
+inline namespace gpu {
+// Launches the kernel; adds up the blocks' sums, if there are.
+template <class T, class A>
+const char* run(void (*kernel)(A, const T*, const T*, const T*, const T*, T*, Sum<T>*), const Plan<A>& plan, const Call& c, void* partial) {
+  const void* const arguments[] = {&plan.a, &c.in, &c.x, &c.weight, &c.bias, &c.out, &partial};
+  if (const char* error = allow(reinterpret_cast<const void*>(kernel), plan.shared)) return error;
+  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), plan.blocks, plan.threads, const_cast<void**>(arguments), plan.shared, static_cast<cudaStream_t>(c.stream));
+  return error || !partial ? check(error) : add_up(c, plan.sums, partial);
+}
+
+// R of `walk`, for which registers have room.
+constexpr int walk_rows(int size, int V, int M, bool channels_last, bool gradient) {
+  if (V == 1) return size == 8 ? 8 : 16;
+  if (M == 3) return (!gradient ? 32 : size == 2 || channels_last ? 16 : 24) / V;
+  return channels_last ? gradient ? 4 : 8 : gradient ? 5 : 7;
+}
+
+template <class T, int V, int M, bool ChannelsLast, bool Gradient> Outcome walk_by(Call c) {
+  constexpr int R = walk_rows(sizeof(T), V, M, ChannelsLast, Gradient);
+  const auto kernel = walk<T, V, R, M, ChannelsLast, Gradient>;
+  Plan<Walk> plan = walk_plan(c, reinterpret_cast<const void*>(kernel), V, R, M);
+  Walk& a = plan.a;
+  if (!plan.applies) return "more than 2^30 planes or rows, or rows too wide, for 32-bit indices";
+  void* const partial = make_room(plan.sums, c);
+  const int dots = a.has_dots ? a.K : 0, at_once = a.dot_end;
+  do {
+    a.dot_end = smaller(dots, a.dot_begin + at_once), plan.sums.first_tap = a.dot_begin, plan.sums.dots = a.dot_end - a.dot_begin;
+    if (const char* error = run<T>(kernel, plan, c, partial)) return error;
+    a.has_bias_sum = false, c.out = nullptr, c.grad_bias = nullptr, a.dot_begin += at_once;
+  } while (a.dot_begin < dots);
+  return nullptr;
+}
+
+template <class T, int M, bool ChannelsLast, bool Gradient = false> Outcome slide_by(const Call& c) {
+  constexpr int V = 16 / sizeof(T), R = slide_rows(sizeof(T), M, Gradient);
+  const auto kernel = slide<T, V, R, M, ChannelsLast, Gradient>;
+  Plan<Walk> plan = walk_plan(c, reinterpret_cast<const void*>(kernel), V, R, 0);
+  if (!plan.applies || (ChannelsLast && M > 3 && sizeof(T) == 2 && (c.p.C % V || reinterpret_cast<uintptr_t>(c.weight) % 16))) return {};
+  if (!Gradient) plan.a.splits = ceil_div(plan.a.lines, 128 >> plan.a.log2_tx), plan.blocks = plan.a.slices.divisor * plan.a.splits;  // a line for each thread
+  plan.threads = 128, plan.shared = 0;
+  return run<T>(kernel, plan, c, make_room(plan.sums, c));
+}
+
+template <class T> Outcome launch_slide(const Call& c) {
+  const bool last = c.p.channels_last;
+  if constexpr (sizeof(T) == 4) {
+    if (c.p.K == 11) return slide_by<T, 11, false>(c);
+    if (c.p.K == 7) return (last ? slide_by<T, 7, true> : slide_by<T, 7, false>)(c);
+    if (c.p.K == 5) return slide_by<T, 5, true>(c);
+  } else {
+    if (c.transposed) return slide_by<T, 3, false, true>(c);
+    if (c.p.K == 5) return (last ? slide_by<T, 5, true> : slide_by<T, 5, false>)(c);
+  }
+  return (last ? slide_by<T, 3, true> : slide_by<T, 3, false>)(c);
+}
+
+template <class T, int V, int M> Outcome launch_walk(const Call& c) {
+  if constexpr (sizeof(T) < 8) {
+    if (c.p.channels_last) return (c.transposed ? walk_by<T, V, M, true, true> : walk_by<T, V, M, true, false>)(c);
+  }
+  if constexpr (sizeof(T) > 2 || V != 4) return (c.transposed ? walk_by<T, V, M, false, true> : walk_by<T, V, M, false, false>)(c);
+  return {};
+}
+
+template <class T, int M, bool ChannelsLast, bool Gradient, int V = march_vector(sizeof(T), M, ChannelsLast, Gradient)> Outcome march_by(const Call& c) {
+  const Plan<March> plan = march_plan(c, V, M);
+  if (!plan.applies) return {};
+  return run<T>(march<T, V, M, ChannelsLast, Gradient>, plan, c, make_room(plan.sums, c));
+}
+
+template <class T> Outcome launch_march(const Call& c) {
+  const auto by = [&]<int M> { return (c.transposed ? march_by<T, M, false, true> : march_by<T, M, false, false>)(c); };
+  if constexpr (sizeof(T) == 2) return by.template operator()<7>();
+  else if (alignment(c) < 16) {  // rows that do not line up: a column for each thread
+    const auto singly = [&]<int M> { return (c.transposed ? march_by<T, M, false, true, 1> : march_by<T, M, false, false, 1>)(c); };
+    if (c.p.K > 15 && c.p.K < 22 && c.transposed) return march_by<T, 21, false, true, 1>(c);
+    return c.p.K <= 15 ? singly.template operator()<15>() : singly.template operator()<31>();
+  } else if (c.p.K <= 7) return march_by<T, 7, false, true>(c);
+  else return c.p.K <= 11 ? by.template operator()<11>() : by.template operator()<21>();
+}
+
+template <class T> Outcome launch_march_last(const Call& c) {
+  const auto by = [&]<int M> { return (c.transposed ? march_by<T, M, true, true> : march_by<T, M, true, false>)(c); };
+  if (c.p.K <= 3) return march_by<T, 3, true, true>(c);
+  if (c.p.K <= 7) return by.template operator()<7>();
+  if constexpr (sizeof(T) == 4) {
+    if (c.p.K > 21) return by.template operator()<31>();
+    if (c.p.K > 11) return by.template operator()<21>();
+  } else if (c.p.K > 11) return march_by<T, 21, true, false>(c);
+  return by.template operator()<11>();
+}
+
+template <class T, int R, int M, bool Gradient> Outcome low_by(const Call& c) {
+  constexpr int V = (Gradient || R > 7 ? 4 : 8) / sizeof(T);
+  const Plan<Low> plan = low_plan(c, V, R, M);
+  if (!plan.applies) return {};
+  return run<T>(low<T, V, R, M, Gradient>, plan, c, make_room(plan.sums, c));
+}
+
+template <class T> Outcome launch_low(const Call& c) {
+  const auto by = [&]<int R, int M> { return (c.transposed ? low_by<T, R, M, true> : low_by<T, R, M, false>)(c); };
+  if (c.p.H == 7) return by.template operator()<7, 7>();
+  return c.p.K <= 7 ? by.template operator()<16, 7>() : by.template operator()<16, 11>();
+}
+
+template <class T> Outcome launch_toeplitz(const Call& c) {
+  const Plan<Toeplitz> plan = toeplitz_plan(c);
+  if (!plan.applies) return {};
+  constexpr bool only_aligned = sizeof(T) == 4;
+  const bool aligned = aligned_tiles(c);
+  const bool split = plan.threads > 32 * plan.a.side * plan.a.line_strips;
+  const auto kernel = c.grad_weight || c.grad_bias ? split ? toeplitz<T, true, true, true> : aligned ? toeplitz<T, true, true> : toeplitz<T, only_aligned, true>
+                                                   : aligned ? toeplitz<T, true, false> : toeplitz<T, only_aligned, false>;
+  return run<T>(kernel, plan, c, make_room(plan.sums, c));
+}
+
+template <class T> Outcome launch_toeplitz_last(const Call& c) {
+  const Plan<Toeplitz> plan = toeplitz_plan(c);
+  if (!plan.applies) return {};
+  return run<T>(c.grad_weight || c.grad_bias ? toeplitz_last<T, true> : toeplitz_last<T, false>, plan, c, make_room(plan.sums, c));
+}
+
+template <class T, int R, int M, bool Gradient, bool Strided> Outcome bulk_by(const Call& c) {
+  const Plan<Bulk> plan = bulk_plan(c, R, M, Strided);
+  if (!plan.applies) return {};
+  return run<T>(bulk<T, R, M, Gradient, Strided>, plan, c, make_room(plan.sums, c));
+}
+
+template <class T> Outcome launch_bulk(const Call& c) {
+  const Problem& p = c.p;
+  const auto by = [&]<int R, int M, bool Strided> { return (c.transposed ? bulk_by<T, R, M, true, Strided> : bulk_by<T, R, M, false, Strided>)(c); };
+  if (p.stride_h > 1 || p.stride_w > 1) {
+    if constexpr (sizeof(T) == 4) return c.transposed ? bulk_by<T, 8, 2, true, true>(c) : Outcome();
+    else return by.template operator()<8, 2, true>();
+  }
+  if (p.K <= 3) return by.template operator()<8, 3, false>();
+  return round_up(p.K, 5) < round_up(p.K, 7) ? by.template operator()<8, 5, false>() : by.template operator()<8, 7, false>();
+}
 
 template <class T, int R, int M, bool Gaps, bool Gradient> Outcome planes_by(const Call& c) {
   const Plan<Planes> plan = planes_plan(c, R, M, Gaps);
@@ -2637,7 +2664,7 @@ template <class T> Outcome launch_planes(const Call& c) {
   const bool high = round_up(made, 14) <= round_up(made, 8) || ceil_div(made, 8) * p.W_out > planes_threads - 32;  // 14 rows leave no more to spare, or 8 take too many threads
   return high ? by_taps.template operator()<14>() : by_taps.template operator()<8>();
 }
-}  // namespace
+}  // namespace gpu
 
 // Launchers by type; walk_3: up to 3 taps, vectors of 16 bytes; walk_4: vectors of 4 numbers.
 using Attempt = Outcome(const Call&);
