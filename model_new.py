@@ -375,12 +375,12 @@ class ModelNew(nn.Module):
         _ints("kernel_size", kernel_size, 1, 1)
         strides = _ints("stride", stride, 1, 2)
         dilations = _ints("dilation", dilation, 1, 2)
-        pads = None if isinstance(padding, str) else _ints("padding", padding, 0, 2)
+        pair = None if isinstance(padding, str) else _ints("padding", padding, 0, 2)
         # Holds the parameters (same draws, same state_dict) and checks a padding string; its own forward is never called.
         self.conv2d = nn.Conv2d(in_channels, in_channels, (kernel_size, 1), stride, padding, dilations,
                                 groups=in_channels, bias=bias)
-        pads = (pads[1], pads[1], pads[0], pads[0]) if pads else tuple(self.conv2d._reversed_padding_repeated_twice)
-        self._geometry = strides, pads, dilations[0]
+        sides = (pair[1], pair[1], pair[0], pair[0]) if pair else tuple(self.conv2d._reversed_padding_repeated_twice)
+        self._geometry = strides, sides, dilations[0]
 
     def forward(self, x):
         conv2d = self._modules["conv2d"]  # as self.conv2d, but a microsecond faster

@@ -96,6 +96,8 @@ template <int V, int N, class T> __device__ void fetch(Sum<T> (&to)[N][V], const
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // n / divisor and n % divisor for 0 <= n < 2^31 by a multiplication (Granlund and Montgomery, 1994).
 struct Divisor {
@@ -244,6 +246,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
         const int taps = a.taps_step == 1 ? min(M, K - first) : min(M, (K - first + a.taps_step - 1) / a.taps_step), unused = Gradient ? M - taps : 0;
         const uint32_t needed = bits(unused, unused + R + taps - 1);
         const uint32_t valid = reached ? bits(a.in_step.steps(-in_row), a.in_step.steps(a.in_rows - in_row)) & ~(~0u << (R + M - 1)) : 0;
+        if (!valid) continue;  // these taps meet no row
         Sum<T> wk[M];
 #pragma unroll
         for (int m = 0; m < M; ++m) {
@@ -326,6 +329,8 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
 // R of `slide`, and blocks of a multiprocessor, by measurement.
 constexpr int slide_rows(int size, int M, bool gradient) { return gradient ? 4 : size == 2 ? M == 3 ? 5 : 7 : M == 5 || M == 7 ? 5 : 6; }
 constexpr int slide_blocks(int size, int M, bool channels_last, bool gradient) { return gradient || (size == 2 && M == 3 && channels_last) ? 5 : M == 3 ? 6 : size == 4 && M < 11 ? 5 : 4; }
+// Whether registers have room to load a channel's weights one by one, where no vectors of them can be.
+__host__ __device__ constexpr bool slide_singly(int size, int M) { return M == 3 || (M == 5 && size == 4); }
 
 // `walk` for M taps at stride 1: rows stay packed, as loaded, until their turn, and a sum lives for one row of out, so that registers have
 // room for more rows on their way, and fewer are read twice. Registers: R + M - 1 packed rows of in, R of x, M of numbers, and if Gradient the
@@ -341,7 +346,7 @@ slide(const __grid_constant__ Walk a, const T* __restrict__ in, const T* __restr
   const int column = a.pixel_begin + (tile_column * tx + (threadIdx.x & (tx - 1))) * V, in_column = column - (Gradient ? 0 : padding), out_column = column - (Gradient ? padding : 0);
   const bool owned = out_column >= 0 && out_column < int(a.out_columns), reached = in_column >= 0 && in_column < int(a.in_columns);
   const uint32_t in_stride = a.in_columns * d, out_stride = a.out_columns * d, all_in = ~0u >> (33 - R - M), all_out = ~0u >> (32 - R);
-  const bool singly = ChannelsLast && (M == 3 || sizeof(T) == 4) && (a.C % V || reinterpret_cast<uintptr_t>(weight) % 16);  // weights are loaded: no vector's lie side by side
+  const bool singly = ChannelsLast && slide_singly(sizeof(T), M) && (a.C % V || reinterpret_cast<uintptr_t>(weight) % 16);  // weights are loaded: no vector's lie side by side
   float dots[M] = {}, bias_sum = 0;
   for (int line = split * lines_per_tile + (threadIdx.x >> a.log2_tx); line < a.lines; line += a.splits * lines_per_tile) {
     int group, row = a.row_begin;
@@ -2100,11 +2105,107 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
 #endif
 }
 
+// How a launch takes vectors of out one by one.
+struct Direct : Pass {
+  Divisor vectors, rows, channels, dilation, pixel, period;  // of a row of out; of a plane; C; the dilation; numbers of a pixel; those after which taps repeat in shared memory
+  int step_column, step_row, step_plane;                     // from a thread's vector to its next: vectors, rows, planes
+  int count;                                                 // of vectors, of all planes
+};
+
+constexpr int direct_threads = 256;
+// Blocks of a multiprocessor, by registers: from compute capability 10.0 on, one more would spill.
+constexpr int direct_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return 3;
+#else
+  return 4;
+#endif
+}
+__host__ __device__ constexpr int direct_at_once(int bytes) { return bytes < 8 ? 4 : 2; }
+
+// Forward, for planes of few rows, where other kernels would have most of their rows beyond the plane: a thread makes a few vectors, `direct_threads`
+// apart, by those taps alone that meet a row of in, M at a time. Reads what L1 does not have, writes out once. Registers: the vectors' sums
+// and M rows of each. Shared memory: in channels_last the taps.
+template <class T, int V, bool ChannelsLast>
+__global__ void __launch_bounds__(direct_threads, direct_blocks()) direct(const __grid_constant__ Direct a, const T* __restrict__ in, const T* __restrict__, const T* __restrict__ weight,
+                                                            const T* __restrict__ bias, T* __restrict__ out, Sum<T>*) {
+  constexpr bool aligned = V * sizeof(T) == 16;  // else numbers of in are read one by one
+  constexpr int n_vectors = direct_at_once(V * sizeof(T)), M = aligned && ChannelsLast ? 1 : 2;
+  extern __shared__ __align__(16) unsigned char shared[];
+  T* const repeated_taps = reinterpret_cast<T*>(shared);
+  const int K = a.K, d = a.dilation.divisor, pitch = ChannelsLast ? a.period.divisor : 1, apart = ChannelsLast ? 1 : int(a.p.stride_w), in_width = a.in_width;
+  if (ChannelsLast) {
+    for (int i = threadIdx.x; i < pitch * K; i += direct_threads) {
+      int c;
+      a.channels(i / K, c);
+      repeated_taps[i % K * pitch + i / K] = weight[c * K + i % K];
+    }
+    __syncthreads();
+  }
+  const int64_t in_step = int64_t(d) * a.in_columns;
+  for (int first = blockIdx.x * direct_threads * n_vectors + threadIdx.x; first < a.count; first += gridDim.x * direct_threads * n_vectors) {
+    Sum<T> acc[n_vectors][V];
+    const T* from[n_vectors];
+    int tap[n_vectors], taps[n_vectors], most = 0, column, row;
+    uint32_t valid = 0;  // of each vector V numbers
+    int plane = a.rows(a.vectors(first, column), row);
+#pragma unroll
+    for (int n = 0; n < n_vectors; ++n) {
+      int w = column * V, c = 0, channel;
+      if (ChannelsLast) w = a.pixel(w, c);
+      a.channels(ChannelsLast ? c : plane, channel);
+      const int in_w = w * int(a.p.stride_w) - int(a.p.padding_w), first_row = row * int(a.p.stride_h) - int(a.p.padding_h), begin = a.dilation.steps(-first_row);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const int w_v = ChannelsLast ? in_w + (!aligned && c + v >= a.C) : in_w + v * apart;
+        if (uint32_t(aligned ? in_w : w_v) < uint32_t(in_width)) valid |= 1u << (n * V + v);
+        acc[n][v] = bias ? widen(bias[ChannelsLast ? (c + v) % a.C : channel]) : 0;
+      }
+      taps[n] = first + n * direct_threads < a.count ? min(K, a.dilation.steps(a.in_rows - first_row)) - begin : 0;
+      most = max(most, taps[n]);
+      from[n] = in + (plane * a.in_plane + int64_t(first_row + begin * d) * a.in_columns + (in_w * (ChannelsLast ? a.C : 1) + c));
+      if (ChannelsLast) a.period(column * V, tap[n]), tap[n] += begin * pitch;
+      else tap[n] = channel * K + begin;
+      column += a.step_column, row += a.step_row, plane += a.step_plane;
+      if (column >= int(a.vectors.divisor)) column -= a.vectors.divisor, ++row;
+      if (row >= int(a.rows.divisor)) row -= a.rows.divisor, ++plane;
+    }
+#pragma unroll 1
+    for (int k = 0; k < most; k += M) {
+      Packed<T, V> raw[M][n_vectors];
+      T weights[M][n_vectors];
+#pragma unroll
+      for (int i = 0; i < M * n_vectors; ++i) {
+        const int m = i / n_vectors, n = i % n_vectors;
+        const bool there = k + m < taps[n];
+        if (aligned) raw[m][n] = there && valid >> (n * V) & 1 ? load<V>(from[n]) : Packed<T, V>{};
+#pragma unroll
+        for (int v = 0; !aligned && v < V; ++v) raw[m][n].at[v] = there && valid >> (n * V + v) & 1 ? from[n][v * apart] : T{};
+        weights[m][n] = !ChannelsLast && there ? weight[tap[n] + m] : T{};
+        from[n] += in_step;
+      }
+#pragma unroll
+      for (int i = 0; i < M * n_vectors; ++i) {
+        const int m = i / n_vectors, n = i % n_vectors;
+        if (k + m >= taps[n]) continue;
+        Sum<T> numbers[V], w[V];
+        unpack(numbers, raw[m][n]);
+        if (ChannelsLast) unpack(w, load<V>(repeated_taps + tap[n] + m * pitch));
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          if (valid >> (n * V + v) & 1) acc[n][v] += (ChannelsLast ? w[v] : widen(weights[m][n])) * numbers[v];
+      }
+#pragma unroll
+      for (int n = 0; n < n_vectors; ++n) tap[n] += M * pitch;
+    }
+#pragma unroll
+    for (int n = 0; n < n_vectors; ++n)
+      if (first + n * direct_threads < a.count) store<V>(out + int64_t(first + n * direct_threads) * V, pack<T, V>(acc[n]));
+  }
+}
+
 // ---- Host ----
-// Instead of <algorithm>, which takes longer to compile than some kernels, as would cuda_fp16.h and cuda_bf16.h.
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-// A launch of one of the kernels: A is Walk, March, Low, Toeplitz, Bulk or Planes.
+// A launch of one of the kernels: A is Walk, March, Low, Toeplitz, Bulk, Planes or Direct.
 template <class A> struct Plan {
   A a;
   bool applies;  // else the kernel cannot do it
@@ -2128,6 +2229,7 @@ Plan<Low> low_plan(const Call&, int V, int R, int M);
 Plan<Toeplitz> toeplitz_plan(const Call&);
 Plan<Bulk> bulk_plan(const Call&, int R, int M, bool strided);
 Plan<Planes> planes_plan(const Call&, int R, int M, bool gaps);
+Plan<Direct> direct_plan(const Call&, int V);
 }  // namespace gpu
 // ---- end of the kernels ----
 
@@ -2136,7 +2238,7 @@ template <class... Numbers> bool all_below(int64_t limit, Numbers... numbers) { 
 
 struct Device {
   int multiprocessors, shared_bytes, shared_per_multiprocessor, capability;
-  mutable const void* allowed[256];  // kernels, by address, that may have all shared memory
+  mutable const void* allowed[4096];  // kernels, by address, that may have all shared memory
 };
 const Device& current_device() {  // asked of the driver once: it takes microseconds to answer
   static const Device* const devices = [] {
@@ -2208,7 +2310,7 @@ void* make_room(const Sums& sums, const Call& c) {
 // stand on it, and before the driver is asked how many blocks are resident, for without it that is none.
 const char* allow(const void* kernel, size_t shared) {
   const Device& device = current_device();
-  const void** const allowed = &device.allowed[reinterpret_cast<uintptr_t>(kernel) / 16 % 256];
+  const void** const allowed = &device.allowed[reinterpret_cast<uintptr_t>(kernel) / 16 % 4096];
   if (shared <= 47 << 10 || __atomic_load_n(allowed, __ATOMIC_RELAXED) == kernel) return nullptr;
   const char* const error = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes));
   if (!error) __atomic_store_n(allowed, kernel, __ATOMIC_RELAXED);
@@ -2499,6 +2601,24 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   plan.blocks = slices * a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
 }
+
+Plan<Direct> direct_plan(const Call& c, int V) {
+  const Problem& p = c.p;
+  const int size = size_of(p.type);
+  Plan<Direct> plan{{make_pass(c)}};
+  Direct& a = plan.a;
+  int64_t period = p.channels_last ? p.C : 1;
+  while (p.channels_last && period % V) period += p.C;
+  const int64_t vectors = a.out_columns / V, planes = p.channels_last ? p.N : p.N * p.C;
+  plan.shared = p.channels_last ? size * period * p.K : 0;
+  plan.applies = plan.shared <= 32 << 10 && all_below(1 << 30, planes * p.H_out * vectors, planes, p.C * p.K, p.H + 2 * p.padding_h, p.W * p.C, p.W_out * p.C, p.W_out * p.stride_w);
+  if (!plan.applies) return plan;
+  a.vectors = vectors, a.rows = p.H_out, a.channels = p.C, a.dilation = p.dilation, a.pixel = p.C, a.period = period, a.count = planes * p.H_out * vectors;
+  a.step_column = direct_threads % vectors, a.step_row = direct_threads / vectors % p.H_out, a.step_plane = direct_threads / vectors / p.H_out;
+  plan.threads = direct_threads;
+  plan.blocks = smaller(ceil_div(a.count, direct_threads * direct_at_once(V * size)), p.channels_last ? 8 * current_device().multiprocessors : INT32_MAX);
+  return plan;
+}
 }  // namespace gpu
 // ---- end of the plans ----
 
@@ -2539,7 +2659,7 @@ template <class T, int M, bool ChannelsLast, bool Gradient = false> Outcome slid
   constexpr int V = 16 / sizeof(T), R = slide_rows(sizeof(T), M, Gradient);
   const auto kernel = slide<T, V, R, M, ChannelsLast, Gradient>;
   Plan<Walk> plan = walk_plan(c, reinterpret_cast<const void*>(kernel), V, R, 0);
-  if (!plan.applies || (ChannelsLast && M > 3 && sizeof(T) == 2 && (c.p.C % V || reinterpret_cast<uintptr_t>(c.weight) % 16))) return {};
+  if (!plan.applies || (ChannelsLast && !slide_singly(sizeof(T), M) && (c.p.C % V || reinterpret_cast<uintptr_t>(c.weight) % 16))) return {};
   if (!Gradient) plan.a.splits = ceil_div(plan.a.lines, 128 >> plan.a.log2_tx), plan.blocks = plan.a.slices.divisor * plan.a.splits;  // a line for each thread
   plan.threads = 128, plan.shared = 0;
   return run<T>(kernel, plan, c, make_room(plan.sums, c));
@@ -2664,11 +2784,28 @@ template <class T> Outcome launch_planes(const Call& c) {
   const bool high = round_up(made, 14) <= round_up(made, 8) || ceil_div(made, 8) * p.W_out > planes_threads - 32;  // 14 rows leave no more to spare, or 8 take too many threads
   return high ? by_taps.template operator()<14>() : by_taps.template operator()<8>();
 }
+
+template <class T, int V> Outcome direct_by(const Call& c) {
+  const Plan<Direct> plan = direct_plan(c, V);
+  if (!plan.applies) return {};
+  if constexpr (sizeof(T) < 8) {
+    if (c.p.channels_last) return run<T>(direct<T, V, true>, plan, c, nullptr);
+  }
+  return run<T>(direct<T, V, false>, plan, c, nullptr);
+}
+
+template <class T> Outcome launch_direct(const Call& c) {
+  if (alignment(c) >= 16) return direct_by<T, 16 / sizeof(T)>(c);
+  if constexpr (sizeof(T) == 2) {
+    if ((c.p.channels_last ? c.p.C * (c.p.stride_w == 1 ? c.p.W_out : 1) : c.p.W_out) % 2 == 0) return direct_by<T, 2>(c);
+  }
+  return direct_by<T, 1>(c);
+}
 }  // namespace gpu
 
 // Launchers by type; walk_3: up to 3 taps, vectors of 16 bytes; walk_4: vectors of 4 numbers.
 using Attempt = Outcome(const Call&);
-Attempt planes_f32, planes_f16, planes_bf16, slide_f32, slide_f16, slide_bf16, low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, march_last_f32, march_last_f16, march_last_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
+Attempt direct_f64, direct_f32, direct_f16, direct_bf16, planes_f32, planes_f16, planes_bf16, slide_f32, slide_f16, slide_bf16, low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, march_last_f32, march_last_f16, march_last_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
     walk_3_f32, walk_3_f16, walk_3_bf16, walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
 // ---- end of what is compiled with each of the following parts, side by side ----
 
@@ -2730,15 +2867,20 @@ const char* launch(const Call& c) {
   const int size = size_of(p.type), capability = current_device().capability;
   // The bulk copy engine takes contiguous planes as stretches of memory. Tensor cores take tiles, of which a part at least is to be used.
   const bool stretches = capability >= 9 && p.dilation == 1 && !last && (dense || (!aligned && p.K <= 16 && p.stride_h <= p.K && p.stride_w <= 4));
+  // Forward, with so few rows in a residue class modulo the dilation that other kernels' groups of rows would lie mostly beyond the plane.
+  const int64_t rows = ceil_div(p.H, p.dilation);
+  const bool few_rows = !back && (rows <= 5 || (!dense && rows <= 14 && p.K <= 5));
   const int64_t H = ceil_div(back ? p.H : p.H_out, p.dilation), strip = last ? pixels : strip_bytes / size;
   const auto tiles = [&](double part) { return capability >= 8 && dense && p.W * H > part * (round_up(p.W, strip) * round_up(H, step)); };
 
   const auto by_type = [&](Attempt* of_f32, Attempt* of_f16, Attempt* of_bf16) { return f32 ? of_f32 : p.type == Type::f16 ? of_f16 : of_bf16; };
   Attempt *const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16), *const slide = by_type(slide_f32, slide_f16, slide_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
+      {f64 && few_rows, direct_f64},
       {f64, walk_f64},
       {stretches && dense && p.H * p.W < 4096 && (p.K < (f32 ? 22 : p.H * p.W < 1600 || (back && p.H % 14 == 0) ? 12 : 8) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
       {dense && last && !f64 && (p.H == 7 || (p.H > 7 && p.H < 17 && (back || p.K > 5))), by_type(low_f32, low_f16, low_bf16)},
+      {few_rows, by_type(direct_f32, direct_f16, direct_bf16)},
       {stretches && f32 && !back && aligned && dense && p.K > 8 && p.K < 28 && p.H * p.W >= 1024 && p.H * p.W < 3136, bulk},
       {aligned && dense && last && !back && (p.K == 3 || p.K == 5 || (f32 && p.K == 7 && H >= 24)), slide},
       {aligned && dense && !last && !back && (f32 ? H >= 64 && (p.K == 3 || p.K == 7 || (p.K == 11 && p.W % 128 == 0)) : p.K == 3 || (p.K == 5 && H >= 192)), slide},
@@ -2771,6 +2913,7 @@ Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
 Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1, 7>(c); }
 // ---- end of a part ----
 Outcome bulk_f16(const Call& c) { return launch_bulk<f16>(c); }
+Outcome direct_bf16(const Call& c) { return launch_direct<bf16>(c); }
 Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
 // ---- end of a part ----
 Outcome bulk_bf16(const Call& c) { return launch_bulk<bf16>(c); }
@@ -2797,6 +2940,7 @@ Outcome toeplitz_last_f16(const Call& c) { return launch_toeplitz_last<f16>(c); 
 Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<bf16>(c); }
 Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<bf16>(c); }
 // ---- end of a part ----
+Outcome direct_f16(const Call& c) { return launch_direct<f16>(c); }
 Outcome march_f32(const Call& c) { return launch_march<float>(c); }
 // ---- end of a part ----
 Outcome march_last_f32(const Call& c) { return launch_march_last<float>(c); }
@@ -2804,6 +2948,8 @@ Outcome march_last_f32(const Call& c) { return launch_march_last<float>(c); }
 Outcome march_last_f16(const Call& c) { return launch_march_last<f16>(c); }
 Outcome march_last_bf16(const Call& c) { return launch_march_last<bf16>(c); }
 // ---- end of a part ----
+Outcome direct_f32(const Call& c) { return launch_direct<float>(c); }
+Outcome direct_f64(const Call& c) { return launch_direct<double>(c); }
 Outcome planes_f32(const Call& c) { return launch_planes<float>(c); }
 // ---- end of a part ----
 Outcome planes_f16(const Call& c) { return launch_planes<f16>(c); }
