@@ -267,12 +267,13 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
 #pragma unroll
           for (int m = 0; m < M; ++m) {
             const int j = Gradient ? M - 1 - m : m, k = first + j * a.taps_step;
-            if (j >= taps) continue;
+            const uint32_t meets = valid >> m & mine;
+            if (j >= taps || (guarded && !meets)) continue;
             Sum<T> w_k[Vw] = {wk[m]}, dot[V] = {};
             if (ChannelsLast && weight) unpack(w_k, weights[k * tx + lane]);
 #pragma unroll
             for (int r = 0; r < R; ++r) {
-              if (guarded && !(valid >> (r + m) & 1)) continue;
+              if (guarded && !(meets >> r & 1)) continue;
 #pragma unroll
               for (int v = 0; v < V; ++v) {
                 acc[r][v] += w_k[v % Vw] * rows[r + m][v];
