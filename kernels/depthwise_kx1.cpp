@@ -244,15 +244,21 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     INLINE Window(int64_t lanes, int64_t px, int64_t present) : pixels(std::min({at_once<T> / lanes, (2 * at_once<T> - lanes) / px + 1, present})) {
       const int64_t span = ((pixels - 1) * px + lanes) * sizeof(T);
       low = first(span), high = first(span - BYTES), all = first(pixels * lanes * sizeof(T));
-      for (int64_t e = 0; e < pixels * lanes; e++) order[converts<T> ? e % size * 2 + e / size : e] = e / lanes * px + e % lanes;
+      for (int64_t e = 0; e < pixels * lanes; e++) order[e] = e / lanes * px + e % lanes;
     }
 #if defined(__x86_64__)
     INLINE void get(V* v, const T* p) const {
       V a, b;
       asm("vmovdqu8 %1, %0%{%2%}%{z%}" : "=v"(a) : "m"(*(const Bits*)p), "Yk"(low));
       asm("vmovdqu8 %1, %0%{%2%}%{z%}" : "=v"(b) : "m"(*(const Bits*)(p + at_once<T>)), "Yk"(high));
-      if constexpr (sizeof(T) == 2) split<T>(v, (V)shuffle((Shorts)a, (Shorts)b, *(const Shorts*)order));
-      else split<T>(v, shuffle(a, b, *(const I*)order));
+      if constexpr (sizeof(T) == 2) a = (V)shuffle((Shorts)a, (Shorts)b, *(const Shorts*)order);
+      else a = shuffle(a, b, *(const I*)order);
+      if constexpr (converts<T>) {
+        Halves last;
+        asm("vcvtph2ps %t1, %0" : "=v"(v[0]) : "v"(a));  // of its first half
+        asm("vextracti64x4 $1, %1, %0" : "=v"(last) : "v"(a));
+        v[1] = convert(last);
+      } else split<T>(v, a);
     }
     INLINE void put(T* p, const V* v) const {
       if constexpr (converts<T>) {
@@ -534,7 +540,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   // WIDE also serves where rows are few. WINDOWS is WIDE for pixels or rows smaller than a vector, of which a window is taken at a time.
   template <bool WIDE, bool WINDOWS, class E> static INLINE void conv(const Conv<E>& c) {
     const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table, windows, past_caches] = c;
-    constexpr int N = !WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1) ? 8 : 4, A = !WIDE || WINDOWS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
+    constexpr int N = (!WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1)) || (WINDOWS && vectors<E> == 1) ? 8 : 4, A = !WIDE || WINDOWS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
     constexpr int H = A * vectors<E>;
     const int64_t px = in.lanes + in.skip;
     const bool long_rows = in.stride * sizeof(E) >= 16384, first_cache = long_rows && sizeof(E) == 2;
@@ -559,7 +565,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
           for (int r = 0; r < N; r++) for (int a = 0; a < A; a++) get(sum[r] + a * vectors<E>, init + j + a * at_once<E>);
           for (int64_t c = 0; c < classes; c++, wj += w_tap) {
             const int64_t taps = least + (c < more);
-            each_taps<WIDE ? 2 : most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
+            each_taps<WIDE && !WINDOWS ? 2 : most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
               constexpr int T = number;
               V wk[T][H];
               const E* from = wj + k * w_step;
@@ -983,7 +989,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t met = std::min(p.K, j.vin.rows);  // rows at once: too many in the same place of a cache are packed
   const bool spread = met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536;
   j.windows = vector_bytes == 64 && j.forward && p.channels_last && (gaps || (element * run < 64 && (element == 2 || p.padding_w > 0))) && spread &&
-              element * j.lanes < 64 && p.type != Type::f64;
+              element * j.lanes < 64 && p.K < (p.type == Type::f16 ? 9 : p.type == Type::bf16 ? 15 : 32) && p.type != Type::f64;
   j.direct = j.windows || ((p.type != Type::f16 || bytes > 16) && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
   j.multiple = j.direct && gaps && !j.windows ? at_once : 1;
