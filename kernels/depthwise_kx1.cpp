@@ -753,7 +753,7 @@ struct Job {
   void* out;                           // y or grad_input
   bool forward, want_weight, want_bias, direct;  // direct: computed in the tensors, not in buffers;
   bool windows;                        // then: pixels of few channels with gaps between them, or short rows
-  bool past_caches, staged;            // an output that no cache holds is stored past them, where it is made or from a buffer
+  bool fresh, past_caches, staged;     // an output that no cache holds is stored past them, where it is made or from a buffer
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
   int64_t lanes, multiple;             // lanes per tile; slots of a pixel are a multiple of this: its last vector overlaps
   int64_t taps;                        // of a channel in weight
@@ -1016,6 +1016,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
   j.together = j.bands * j.column_tiles > 1 || (j.windows && j.band > 8) ? 1 : clamp(budget / ((j.in_rows + j.band) * j.slots), 1, j.images);
   j.sets = ceil_div(j.images, j.together);
+  if (j.fresh && p.channels_last) j.past_caches = j.staged = false;  // last: tiles are cut the same, so that results are
   const int64_t units = j.sets * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
   j.groups = clamp(total / blocks / std::max({grain, total / 256, 8 * (p.K + 1) * (j.forward ? j.lanes : std::max(j.slots, 4 * j.lanes))}), 1, units);
@@ -1054,26 +1055,31 @@ void run(Job j, void* grad_weight, void* grad_bias) {
 }
 
 // Fresh memory costs more in page faults than the convolution does: ask for large pages for large outputs.
-void use_large_pages(void* at, const Problem& p, int64_t rows, int64_t width) {
+// True if one is fresh: the system clears a page, through the caches, when it is first written.
+bool use_large_pages(void* at, const Problem& p, int64_t rows, int64_t width) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t page = 2 << 20;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(at) + page - 1) / page * page;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(at) + p.N * p.C * rows * width * (p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2)) / page * page;
-  if (at && last >= first + 4 * page) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  unsigned char resident = 1;
+  if (at && last >= first + 4 * page) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE), mincore(reinterpret_cast<void*>(last - page), 1, &resident);
+  return !(resident & 1);
+#else
+  return false;
 #endif
 }
 }  // namespace
 
 void cpu_forward(const Problem& p, const void* x, const void* weight, const void* bias, void* y) {
   Job j{};
-  use_large_pages(y, p, p.H_out, p.W_out);
+  j.fresh = use_large_pages(y, p, p.H_out, p.W_out);
   j.p = p, j.forward = true, j.in = x, j.weight = weight, j.bias = bias, j.out = y;
   run(j, nullptr, nullptr);
 }
 
 void cpu_backward(const Problem& p, const void* grad_output, const void* x, const void* weight, void* grad_input, void* grad_weight, void* grad_bias) {
   Job j{};
-  use_large_pages(grad_input, p, p.H, p.W);
+  j.fresh = use_large_pages(grad_input, p, p.H, p.W);
   j.p = p, j.in = grad_output, j.weight = weight, j.x = x, j.out = grad_input, j.want_weight = grad_weight, j.want_bias = grad_bias;
   run(j, grad_weight, grad_bias);
 }
