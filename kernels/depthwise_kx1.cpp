@@ -111,7 +111,7 @@ template <class E> struct Conv {
   Rows<const E> in; int64_t in_rows, S, off, D, K;
   const E* w; int64_t w_tap; const E* init; int64_t period, slots;
   const void** table;  // of 8 * (K + 1) pointers
-  bool windows, past_caches;
+  bool windows, uncached, past_caches;
 };
 // Sums of tap k, `tap` apart, += rows m of g times those rows m * S + off + k * D of x that exist. Slots share a sum every `period`; those of a last, overlapping vector have their own.
 template <class E> struct Correlation {
@@ -497,7 +497,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
           T* to = dst + first * v.lane + q;
           const int64_t present = t.present - first;
 #pragma GCC unroll 16
-          for (int l = 0; l < size; l++) if (l < present) *(Bits*)(to + l * v.lane) = a[l];
+          for (int l = 0; l < size; l++) if (l < present) __builtin_prefetch(to + l * v.lane + 128 / sizeof(T), 1), *(Bits*)(to + l * v.lane) = a[l];
         }
       else if (t.lanes == 1 && px == 2)
         put_second(dst, src, nq, *values);
@@ -537,9 +537,10 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   // what the next rows meet if rows are short, else what lies ahead. The second cache can have more lines on their way than the first; 16-bit types
   // gain more by having the line in the first, where rows are long. A vector that lies across two lines has its end prefetched, since a pixel's other
   // vectors seldom begin there; for 16-bit types, where one more prefetch costs little beside the conversion, its beginning, too.
+  // Lines of an `uncached` out are prefetched likewise, since stores wait for theirs one after the other.
   // WIDE also serves where rows are few. WINDOWS is WIDE for pixels or rows smaller than a vector, of which a window is taken at a time.
   template <bool WIDE, bool WINDOWS, class E> static INLINE void conv(const Conv<E>& c) {
-    const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table, windows, past_caches] = c;
+    const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table, windows, uncached, past_caches] = c;
     constexpr int N = (!WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1)) || (WINDOWS && vectors<E> == 1) ? 8 : 4, A = !WIDE || WINDOWS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
     constexpr int H = A * vectors<E>;
     const int64_t px = in.lanes + in.skip;
@@ -547,7 +548,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     const int64_t ahead = long_rows ? std::max<int64_t>((first_cache ? 512 : 4096) / (px * sizeof(E)), 1) * px : N * S * in.stride;
     const Window<E> window(WINDOWS ? in.lanes : 1, WINDOWS ? px : 1, WINDOWS ? slots / in.lanes : 1);
     const int64_t width = WINDOWS ? window.pixels * in.lanes : at_once<E>, step = A * width;
-    const int64_t jump = std::lcm(S, D) / S, L = out_rows > jump ? jump * S : D /* a row alone shares none */, every = L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride;
+    const int64_t jump = std::lcm(S, D) / S, L = out_rows > jump ? jump * S : D /* a row alone shares none */, every = L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride, next_out = out.stride * sizeof(E) < 4096 ? N * o_step : 512 / sizeof(E);
     for (int64_t start = 0; start < std::min(jump, out_rows); start++)
       for (int64_t m = start; m < out_rows; m += N * jump) {
         const int64_t count = std::min<int64_t>(N, (out_rows - m + jump - 1) / jump);
@@ -599,6 +600,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
 #pragma GCC unroll 8
             for (int r = 0; r < N; r++, to += o_step)
               if (r < count) {
+                if (uncached) __builtin_prefetch(to + next_out, 1);
                 if constexpr (WINDOWS) room ? put(to, sum[r] + a * vectors<E>) : window.put(to, sum[r] + a * vectors<E>);
                 else if (BYTES == 64 && past_caches) put_past_caches(to, sum[r] + a * vectors<E>);
                 else put(to, sum[r] + a * vectors<E>);
@@ -753,7 +755,8 @@ struct Job {
   void* out;                           // y or grad_input
   bool forward, want_weight, want_bias, direct;  // direct: computed in the tensors, not in buffers;
   bool windows;                        // then: pixels of few channels with gaps between them, or short rows
-  bool fresh, past_caches, staged;     // an output that no cache holds is stored past them, where it is made or from a buffer
+  bool fresh, uncached;                // an output whose memory the system has yet to clear; that the second cache does not hold;
+  bool past_caches, staged;            // that none holds: it is stored past them, where it is made or from a buffer
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
   int64_t lanes, multiple;             // lanes per tile; slots of a pixel are a multiple of this: its last vector overlaps
   int64_t taps;                        // of a channel in weight
@@ -853,7 +856,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
         using E = std::remove_pointer_t<decltype(weights)>;
         const auto* init = weights + K * w_tap;
-        if (j.out && j.forward) conv(j.bytes, Conv<E>{images, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, padded, slots, table.data(), j.windows, j.past_caches});
+        if (j.out && j.forward) conv(j.bytes, Conv<E>{images, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, padded, slots, table.data(), j.windows, j.uncached, j.past_caches});
         if (j.out && !j.forward) for (int64_t i = o0; i < std::min(o0 + S, o1); i++) {
           // Rows i, i + S, ... of grad_input meet only the taps k, k + every, ...; the last of them meets the first row of grad_output.
           int64_t k = 0, every = S / std::gcd(S, D);
@@ -862,7 +865,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           auto rows = out;
           rows.data += (i - o0) * out.stride, rows.stride *= S;
           conv(j.bytes, Conv<E>{images, rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
-               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, padded, slots, table.data(), false, j.past_caches});
+               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, padded, slots, table.data(), false, j.uncached, j.past_caches});
         }
         if (j.want_weight) {
           if (ends && last >= 0 && last != slots) reduce(last);
@@ -1003,20 +1006,20 @@ void run(Job j, void* grad_weight, void* grad_bias) {
     v.col = 0, v.step = 1;
   }
   j.slots = round_up((j.skip ? p.W : j.nq) * round_up(j.lanes, j.multiple), vector);
-  // An output that no cache holds is stored past them: pixels or rows of whole lines where they are made; others, whose lines' ends would come back
-  // from memory, from a buffer: a few rows at a time, which the first cache holds, or those that are unpacked.
-  const bool large = can_store_past_caches && p.N * p.C * j.vout.rows * j.vout.width * element >= (j.forward ? 16 : 8) << 20, whole_lines = (gaps ? j.lanes | p.C : j.vout.row) * element % 64 == 0;
-  j.staged = large && j.out && j.nq == Q && (j.direct ? !gaps && !j.windows && !(whole_lines && (vector_bytes == 64 || p.channels_last)) : j.lanes == 1);
-  j.past_caches = large && j.direct && whole_lines && vector_bytes == 64 && !j.staged;
-  const bool few = j.staged && j.direct;
-  j.band = std::min(j.vout.rows, std::max<int64_t>(few ? 8 : 16, few ? 16384 / element / j.slots : (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
+  j.band = std::min(j.vout.rows, std::max<int64_t>(16, (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   const int64_t block = 8 * std::lcm(p.stride_h, p.dilation) / (j.forward ? p.stride_h : 1);  // rows that conv takes at once
   j.cut = j.band < j.vout.rows && j.band >= block ? block : 1, j.band -= j.band % j.cut;
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
   j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
   j.together = j.bands * j.column_tiles > 1 || (j.windows && j.band > 8) ? 1 : clamp(budget / ((j.in_rows + j.band) * j.slots), 1, j.images);
   j.sets = ceil_div(j.images, j.together);
-  if (j.fresh && p.channels_last) j.past_caches = j.staged = false;  // last: tiles are cut the same, so that results are
+  // An output that no cache holds is stored past them: pixels or rows of whole lines where they are made; others, whose lines' ends would come back
+  // from memory, from a buffer. Not fresh memory, which the system clears through the caches when it is first written.
+  const int64_t output = p.N * p.C * j.vout.rows * j.vout.width * element;  // bytes
+  const bool large = can_store_past_caches && !j.fresh && output >= (j.forward ? 32 : 16) << 20, whole_lines = (gaps ? j.lanes | p.C : j.vout.row) * element % 64 == 0;
+  j.staged = large && j.out && j.nq == Q && (j.direct ? !gaps && !j.windows && !(whole_lines && (vector_bytes == 64 || p.channels_last)) : j.lanes == 1);
+  j.past_caches = large && j.direct && whole_lines && vector_bytes == 64 && !j.staged;
+  j.uncached = j.direct && !j.past_caches && !j.staged && output >= 4 << 20;
   const int64_t units = j.sets * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
   j.groups = clamp(total / blocks / std::max({grain, total / 256, 8 * (p.K + 1) * (j.forward ? j.lanes : std::max(j.slots, 4 * j.lanes))}), 1, units);
@@ -1055,7 +1058,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
 }
 
 // Fresh memory costs more in page faults than the convolution does: ask for large pages for large outputs.
-// True if one is fresh: the system clears a page, through the caches, when it is first written.
+// True if such a one is fresh.
 bool use_large_pages(void* at, const Problem& p, int64_t rows, int64_t width) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t page = 2 << 20;
