@@ -347,7 +347,7 @@ slide(const __grid_constant__ Walk a, const T* __restrict__ in, const T* __restr
   const int column = a.pixel_begin + (tile_column * tx + (threadIdx.x & (tx - 1))) * V, in_column = column - (Gradient ? 0 : padding), out_column = column - (Gradient ? padding : 0);
   const bool owned = out_column >= 0 && out_column < int(a.out_columns), reached = in_column >= 0 && in_column < int(a.in_columns);
   const uint32_t in_stride = a.in_columns * d, out_stride = a.out_columns * d, all_in = ~0u >> (33 - R - M), all_out = ~0u >> (32 - R);
-  const bool singly = ChannelsLast && slide_singly(sizeof(T), M) && (a.C % V || reinterpret_cast<uintptr_t>(weight) % 16);  // weights are loaded: no vector's lie side by side
+  const bool singly = ChannelsLast && slide_singly(sizeof(T), M) && (a.C % V || reinterpret_cast<uintptr_t>(weight) % 16);  // weights are loaded, for those of a vector of channels may lie anywhere
   float dots[M] = {}, bias_sum = 0;
   for (int line = split * lines_per_tile + (threadIdx.x >> a.log2_tx); line < a.lines; line += a.splits * lines_per_tile) {
     int group, row = a.row_begin;
@@ -1722,7 +1722,8 @@ struct Bulk : Pass {
   int band_rows, chunks, splits;         // rows of out in a chunk; chunks of a slice, dealt to `splits` blocks
   Divisor slices, bands, columns;        // slices: of `planes` channels; bands of a plane; columns of out
   int items;                             // groups of R rows of a column, of a plane in a chunk
-  Divisor step;                          // stride_h
+  Divisor step;                          // stride_h; General: dilation
+  Divisor channels;                      // General: in a plane, C if channels_last, else 1
   int stride_w;
   int sums_at, slots_at, out_at, slot_bytes;  // in shared memory
 };
@@ -1748,16 +1749,18 @@ template <class T> __device__ void store_numbers(T* to, const T* from, int skipp
   if (lane == 0 && last > first) bulk_store(to + first, from + first, (last - first) * sizeof(T));
 }
 
-// For contiguous planes at dilation 1 whose rows do not line up with 16 bytes or are short, or with strides: rows that follow one another are
-// one stretch of memory, which is copied to and from shared memory 16 bytes at a time whatever the rows' width. Forward: out is y, in
-// is x. Transposed (input gradient): out is grad_input, in is grad_output, taps are reversed. Reads in (and x if Gradient) once but for
-// rows that two bands share, writes out once, and a block's sums of x * grad_output for each tap and of grad_output (`partial`).
+// For planes whose rows do not line up with 16 bytes or are short, or with strides: rows that follow one another are one stretch of memory, which
+// is copied to and from shared memory 16 bytes at a time whatever the rows' width. Forward: out is y, in is x. Transposed (input gradient): out is
+// grad_input, in is grad_output, taps are reversed. Reads in (and x if Gradient) once but for rows that two bands share, writes out once, and a
+// block's sums of x * grad_output for each tap and of grad_output (`partial`).
 // While a block works on a chunk, the next is under way. A thread makes R rows of a column of its plane at once, by M taps at a time.
-// Strided: which rows and taps meet is as in `walk`; transposed, a thread also writes the zeros of the columns up to the next that in reaches. Rows beyond the plane are multiplied as zeros, for to leave them
-// out costs more than the products; where an infinity or NaN may make that wrong, sums are made anew from the definition.
+// Strided: which rows and taps meet is as in `walk`; transposed, a thread also writes the zeros of the columns up to the next that in reaches.
+// General: forward, dilated or in channels_last, where an image is a plane and a number a column with taps of its own; else contiguous at dilation 1.
+// Rows beyond the plane are multiplied as zeros, for to leave them out costs more than the products; where an infinity or NaN may make that wrong,
+// sums are made anew from the definition.
 // Registers: R sums, R + M - 1 rows of in, R of x, M weight gradients. Shared memory: the taps, weight gradients beyond M, and slots of a
 // stretch of in and one of out, where x lies before.
-template <class T, int R, int M, bool Gradient, bool Strided>
+template <class T, int R, int M, bool Gradient, bool Strided, bool General>
 __global__ void __launch_bounds__(bulk_threads, bulk_blocks(Gradient))
 bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
      T* __restrict__ out, float* __restrict__ partial) {
@@ -1771,7 +1774,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
   const bool manages = threadIdx.x / 32 == bulk_threads / 32 - 1, leads = threadIdx.x == bulk_threads - 32;
   int slice;
   const int split = a.slices(blockIdx.x, slice), first_channel = slice * a.planes, planes = min(a.planes, a.C - first_channel);
-  const float initial = !Gradient && bias && plane < planes ? widen(bias[first_channel + plane]) : 0;
+  const float plane_initial = !General && !Gradient && bias && plane < planes ? widen(bias[first_channel + plane]) : 0;
 
   const auto load_chunk = [&](int turn) {
     const int index = split + turn * a.splits, slot = turn % bulk_slots;
@@ -1781,7 +1784,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     const int row = band * a.band_rows, end = min(row + a.band_rows, a.out_rows);
     // From what row on tap 0 reaches, and up to where the last tap does, in rows of in.
     const auto reach = [&](int row) { return !Strided ? row + a.row_shift : Gradient ? a.step.steps(row + a.row_shift) : row * int(a.step.divisor) + a.row_shift; };
-    const auto limit = [&](int end) { return Strided && Gradient ? a.step.over(end - 1 + a.row_shift + K - 1) + 1 : reach(end - 1) + K; };
+    const auto limit = [&](int end) { return Strided && Gradient ? a.step.over(end - 1 + a.row_shift + K - 1) + 1 : reach(end - 1) + (General ? (K - 1) * int(a.step.divisor) + 1 : K); };
     const int in_first = reach(row), in_begin = max(in_first, 0), in_end = max(min(limit(end), a.in_rows), in_begin);
     const int64_t in_at = first_plane * a.in_plane + int64_t(in_begin) * a.in_width;
     Chunk k;
@@ -1798,7 +1801,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     arrive(barriers + slot);
   };
 
-  for (int i = threadIdx.x; i < planes * K; i += bulk_threads) taps[i] = weight ? widen(weight[int64_t(first_channel) * K + (a.reversed ? i / K * K + K - 1 - i % K : i)]) : 0;
+  for (int i = threadIdx.x; i < (General ? planes * int(a.channels.divisor) : planes) * K; i += bulk_threads) taps[i] = weight ? widen(weight[int64_t(first_channel) * K + (a.reversed ? i / K * K + K - 1 - i % K : i)]) : 0;
   constexpr int in_registers = Strided ? 0 : M;  // weight gradients
   if (Gradient)
     for (int i = in_registers; i < K; ++i) sums[(i - in_registers) * bulk_threads] = 0;
@@ -1815,7 +1818,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     if (turn < 0) {
       __syncthreads();
 #pragma unroll 1
-      for (int i = 0; i < K; ++i) taps_sum += taps[plane * K + i];
+      for (int i = 0; i < (General ? 0 : K); ++i) taps_sum += taps[plane * K + i];
       continue;
     }
     const int slot = turn % bulk_slots;
@@ -1826,12 +1829,15 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     const int in_rows = k.in_rows, out_rows = k.out_rows, in_row = k.in_row, W = k.in_width, W_out = k.out_width;
 #pragma unroll 1
     for (int item = plane < planes ? lane : a.items; item < a.items; item += tx) {
-      int w = item, group = 0, residue = 0, tap = 0, tap_count = K;
+      int w = item, group = 0, residue = 0, tap = 0, tap_count = K, channel = plane;
       group = a.columns(item, w);
-      if (Strided && Gradient) group = a.step(group, residue);
-      const int stride = Strided ? int(a.step.divisor) : 1, in_step = Gradient ? 1 : stride, out_step = Gradient ? stride : 1;
-      const int row = group * R * out_step + residue, rows_here = Strided && Gradient ? a.step.steps(out_rows - row) : out_rows - row;
-      int first_row = row * in_step - in_row, in_w = w + a.column_shift;  // of in, for tap 0
+      if (General || (Strided && Gradient)) group = a.step(group, residue);
+      if (General) a.channels(w, channel), channel += plane * int(a.channels.divisor);
+      const float initial = General ? bias ? widen(bias[first_channel + channel]) : 0 : plane_initial;
+      const float* const own_taps = taps + channel * K;
+      const int stride = Strided ? int(a.step.divisor) : 1, dilation = General ? int(a.step.divisor) : 1, in_step = General ? dilation : Gradient ? 1 : stride, out_step = General ? dilation : Gradient ? stride : 1;
+      const int row = group * R * out_step + residue, rows_here = General || (Strided && Gradient) ? a.step.steps(out_rows - row) : out_rows - row;
+      int first_row = (General ? row : row * in_step) - in_row, in_w = w + a.column_shift;  // of in, for tap 0
       if (Strided && !Gradient) in_w = w * a.stride_w + a.column_shift;
       if (Strided && Gradient) {  // only every stride-th tap reaches
         in_w = w, w = w * a.stride_w - a.column_shift;
@@ -1853,8 +1859,8 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
           float sum = initial;
 #pragma unroll 1
           for (int k = 0; k < tap_count; ++k) {
-            const int i = first_row + r * in_step + k;
-            if (reached && i >= 0 && i < in_rows) sum += taps[plane * K + tap + (Gradient ? k * stride : k)] * widen(first_from[(r * in_step + k) * W]);
+            const int i = first_row + r * in_step + k * dilation;
+            if (reached && i >= 0 && i < in_rows) sum += own_taps[tap + (Gradient ? k * stride : k)] * widen(first_from[(r * in_step + k * dilation) * W]);
           }
           to[r * out_pitch] = narrow<T>(sum);
         }
@@ -1869,7 +1875,8 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
         const auto take = [&]<bool all>(int first, int row, int count, const T* from) {
           uint32_t valid = ~0u;
           if (!inside) {
-            const int begin = Strided && !Gradient ? a.step.steps(-row) : -row, end = Strided && !Gradient ? a.step.steps(in_rows - row) : in_rows - row;
+            constexpr bool apart = General || (Strided && !Gradient);
+            const int begin = apart ? a.step.steps(-row) : -row, end = apart ? a.step.steps(in_rows - row) : in_rows - row;
             valid = reached ? bits(begin, min(end, R + (all ? M : count) - 1)) : 0;
           }
           const T* at = from;
@@ -1880,7 +1887,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
 #pragma unroll
           for (int m = 0; m < M; ++m) {
             if (!all && m >= count) continue;
-            const float tap = taps[plane * K + first + m * stride];
+            const float tap = own_taps[first + m * stride];
 #pragma unroll
             for (int r = 0; r < R; ++r) {
               acc[r] += tap * rows[r + m];
@@ -1915,6 +1922,11 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
             m + M <= count ? take.template operator()<true>(first, row, M, from) : take.template operator()<false>(first, row, count - m, from);
           }
         }
+        if (General && !inside) {
+          taps_sum = 0;
+#pragma unroll 1
+          for (int i = 0; i < K; ++i) taps_sum += own_taps[i];
+        }
         if (out && (inside || finite(taps_sum))) {
 #pragma unroll
           for (int r = 0; r < R; ++r)
@@ -1929,7 +1941,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
           }
         }
       };
-      if (reached && first_row >= 0 && first_row + (R - 1) * in_step + tap_count <= in_rows && rows_left >= R) make.template operator()<true>();
+      if (reached && first_row >= 0 && first_row + (R - 1) * in_step + (tap_count - 1) * dilation < in_rows && rows_left >= R) make.template operator()<true>();
       else make.template operator()<false>();
     }
     if (Gradient && a.has_bias_sum && plane < planes)
@@ -2122,7 +2134,7 @@ constexpr int direct_blocks() {
   return 4;
 #endif
 }
-__host__ __device__ constexpr int direct_at_once(int bytes) { return bytes < 8 ? 4 : 2; }
+__host__ __device__ constexpr int direct_vectors(int bytes) { return bytes < 8 ? 4 : 2; }
 
 // Forward, for planes of few rows, where other kernels would have most of their rows beyond the plane: a thread makes a few vectors, `direct_threads`
 // apart, by those taps alone that meet a row of in, M at a time. Reads what L1 does not have, writes out once. Registers: the vectors' sums
@@ -2131,7 +2143,7 @@ template <class T, int V, bool ChannelsLast>
 __global__ void __launch_bounds__(direct_threads, direct_blocks()) direct(const __grid_constant__ Direct a, const T* __restrict__ in, const T* __restrict__, const T* __restrict__ weight,
                                                             const T* __restrict__ bias, T* __restrict__ out, Sum<T>*) {
   constexpr bool aligned = V * sizeof(T) == 16;  // else numbers of in are read one by one
-  constexpr int n_vectors = direct_at_once(V * sizeof(T)), M = aligned && ChannelsLast ? 1 : 2;
+  constexpr int n_vectors = direct_vectors(V * sizeof(T)), M = aligned && ChannelsLast ? 1 : 2;
   extern __shared__ __align__(16) unsigned char shared[];
   T* const repeated_taps = reinterpret_cast<T*>(shared);
   const int K = a.K, d = a.dilation.divisor, pitch = ChannelsLast ? a.period.divisor : 1, apart = ChannelsLast ? 1 : int(a.p.stride_w), in_width = a.in_width;
@@ -2228,11 +2240,13 @@ Plan<Walk> walk_plan(const Call&, const void* kernel, int V, int R, int M);
 Plan<March> march_plan(const Call&, int V, int M);
 Plan<Low> low_plan(const Call&, int V, int R, int M);
 Plan<Toeplitz> toeplitz_plan(const Call&);
-Plan<Bulk> bulk_plan(const Call&, int R, int M, bool strided);
+Plan<Bulk> bulk_plan(const Call&, int R, int M, bool strided, bool general);
 Plan<Planes> planes_plan(const Call&, int R, int M, bool gaps);
 Plan<Direct> direct_plan(const Call&, int V);
 }  // namespace gpu
 // ---- end of the kernels ----
+
+#include <numeric>
 
 inline namespace gpu {
 template <class... Numbers> bool all_below(int64_t limit, Numbers... numbers) { return (... && (numbers < limit)); }
@@ -2323,9 +2337,7 @@ Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
   const Problem& p = c.p;
   const bool last = p.channels_last, gradient = c.transposed;
   const int size = size_of(p.type);
-  const int64_t s = p.stride_h, d = p.dilation;
-  int64_t g = smaller(s, d);  // their greatest common divisor
-  while (s % g || d % g) --g;
+  const int64_t s = p.stride_h, d = p.dilation, g = std::gcd(s, d);
   Plan<Walk> plan{{make_pass(c)}};
   Walk& a = plan.a;
   int64_t row_end = a.out_rows;
@@ -2524,36 +2536,38 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   return plan;
 }
 
-Plan<Bulk> bulk_plan(const Call& c, int R, int M, bool strided) {
+Plan<Bulk> bulk_plan(const Call& c, int R, int M, bool strided, bool general) {
   const Problem& p = c.p;
   const bool gradient = c.transposed;
   const int size = size_of(p.type), modulus = bulk_modulus(size);
   Plan<Bulk> plan{{make_pass(c)}};
   Bulk& a = plan.a;
   const Device& device = current_device();
-  plan.applies = p.K <= 64 && p.padding_h < p.K && all_below(1 << 28, p.H_out * p.W_out, p.H * p.W, p.N * p.C) &&
+  const int64_t channels = p.channels_last ? p.C : 1, halo = (p.K - 1) * p.dilation;
+  plan.applies = p.K <= 64 && p.padding_h <= halo && channels * p.K <= 2048 && all_below(1 << 28, a.in_plane, a.out_plane, p.N * p.C, p.H + 2 * p.padding_h) &&
                  (!c.x || !c.out || (reinterpret_cast<uintptr_t>(c.x) - reinterpret_cast<uintptr_t>(c.out)) % 16 == 0);
   if (!plan.applies) return plan;
-  a.step = p.stride_h, a.stride_w = p.stride_w;
-  a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane;
+  a.step = general ? p.dilation : p.stride_h, a.stride_w = p.stride_w, a.channels = channels;
+  if (p.channels_last) a.C = 1, a.in_width = a.in_columns, a.out_width = a.out_columns, a.column_shift *= p.C;
+  a.in_numbers = p.N * a.C * a.in_plane, a.out_numbers = p.N * a.C * a.out_plane;
   const auto bytes = [=](int64_t numbers) { return round_up(numbers * size, modulus) + modulus; };
-  const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + smaller(gradient ? ceil_div(rows + p.K - 1, p.stride_h) + (strided ? 1 : 0) : (rows - 1) * p.stride_h + p.K, a.in_rows) * a.in_width); };
+  const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + smaller(gradient ? ceil_div(rows + halo, p.stride_h) + (strided ? 1 : 0) : (rows - 1) * p.stride_h + halo + 1, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
   // As many rows or planes as leave room for the blocks that registers have room for; planes up to 20 KB, by measurement.
   const int64_t sums = gradient ? sizeof(float) * bulk_threads * larger(p.K - (strided ? 0 : M), 0) : 0;  // of taps beyond registers
   const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(gradient) - 2048 - sums) / bulk_slots;
-  const int64_t out_step = gradient ? p.stride_h : 1;
+  const int64_t out_step = general ? p.dilation : gradient ? p.stride_h : 1;
   int64_t band_rows = a.out_rows, planes = 1;
   for (int64_t bands = 2; slot_bytes(1, band_rows) > room && band_rows > R * out_step; ++bands) band_rows = round_up(ceil_div(a.out_rows, bands), R * out_step);
   const int64_t columns = strided && gradient ? larger(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : a.out_width;
   a.columns = columns, a.items = ceil_div(band_rows, R * out_step) * out_step * columns;
   if (band_rows >= a.out_rows)
-    while (2 * planes <= smaller(p.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= smaller(room, 20 << 10)) planes *= 2;
+    while (2 * planes <= smaller(a.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= smaller(room, 20 << 10)) planes *= 2;
   band_rows = smaller(band_rows, a.out_rows);
-  const int64_t bands = ceil_div(a.out_rows, band_rows), slices = ceil_div(p.C, planes);
+  const int64_t bands = ceil_div(a.out_rows, band_rows), slices = ceil_div(a.C, planes);
   a.planes = planes, a.band_rows = band_rows, a.bands = bands, a.chunks = p.N * bands, a.slices = slices;
   while (planes << a.log2_tx < bulk_threads) ++a.log2_tx;
-  a.sums_at = round_up(sizeof(float) * planes * p.K, modulus);
+  a.sums_at = round_up(sizeof(float) * planes * channels * p.K, modulus);
   a.slots_at = a.sums_at + sums;
   a.out_at = in_bytes(planes, band_rows), a.slot_bytes = slot_bytes(planes, band_rows);
   plan.shared = a.slots_at + larger(bulk_slots * a.slot_bytes, gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
@@ -2617,7 +2631,7 @@ Plan<Direct> direct_plan(const Call& c, int V) {
   a.vectors = vectors, a.rows = p.H_out, a.channels = p.C, a.dilation = p.dilation, a.pixel = p.C, a.period = period, a.count = planes * p.H_out * vectors;
   a.step_column = direct_threads % vectors, a.step_row = direct_threads / vectors % p.H_out, a.step_plane = direct_threads / vectors / p.H_out;
   plan.threads = direct_threads;
-  plan.blocks = smaller(ceil_div(a.count, direct_threads * direct_at_once(V * size)), p.channels_last ? 8 * current_device().multiprocessors : INT32_MAX);
+  plan.blocks = smaller(ceil_div(a.count, direct_threads * direct_vectors(V * size)), p.channels_last ? 8 * current_device().multiprocessors : INT32_MAX);
   return plan;
 }
 }  // namespace gpu
@@ -2745,15 +2759,16 @@ template <class T> Outcome launch_toeplitz_last(const Call& c) {
   return run<T>(c.grad_weight || c.grad_bias ? toeplitz_last<T, true> : toeplitz_last<T, false>, plan, c, make_room(plan.sums, c));
 }
 
-template <class T, int R, int M, bool Gradient, bool Strided> Outcome bulk_by(const Call& c) {
-  const Plan<Bulk> plan = bulk_plan(c, R, M, Strided);
+template <class T, int R, int M, bool Gradient, bool Strided, bool General = false> Outcome bulk_by(const Call& c) {
+  const Plan<Bulk> plan = bulk_plan(c, R, M, Strided, General);
   if (!plan.applies) return {};
-  return run<T>(bulk<T, R, M, Gradient, Strided>, plan, c, make_room(plan.sums, c));
+  return run<T>(bulk<T, R, M, Gradient, Strided, General>, plan, c, make_room(plan.sums, c));
 }
 
 template <class T> Outcome launch_bulk(const Call& c) {
   const Problem& p = c.p;
   const auto by = [&]<int R, int M, bool Strided> { return (c.transposed ? bulk_by<T, R, M, true, Strided> : bulk_by<T, R, M, false, Strided>)(c); };
+  if (p.dilation > 1 || p.channels_last) return p.K <= 3 ? bulk_by<T, 8, 3, false, false, true>(c) : bulk_by<T, 8, 7, false, false, true>(c);
   if (p.stride_h > 1 || p.stride_w > 1) {
     if constexpr (sizeof(T) == 4) return c.transposed ? bulk_by<T, 8, 2, true, true>(c) : Outcome();
     else return by.template operator()<8, 2, true>();
@@ -2866,7 +2881,7 @@ const char* launch(const Call& c) {
   const bool f64 = p.type == Type::f64, f32 = p.type == Type::f32, two_bytes = !f64 && !f32, last = p.channels_last, back = c.transposed;
   const bool aligned = alignment(c) >= 16, dense = p.stride_h == 1 && p.stride_w == 1;
   const int size = size_of(p.type), capability = current_device().capability;
-  // The bulk copy engine takes contiguous planes as stretches of memory. Tensor cores take tiles, of which a part at least is to be used.
+  // The bulk copy engine takes planes as stretches of memory, best contiguous ones at dilation 1. Tensor cores take tiles, of which a part at least is to be used.
   const bool stretches = capability >= 9 && p.dilation == 1 && !last && (dense || (!aligned && p.K <= 16 && p.stride_h <= p.K && p.stride_w <= 4));
   // Forward, with so few rows in a residue class modulo the dilation that other kernels' groups of rows would lie mostly beyond the plane.
   const int64_t rows = ceil_div(p.H, p.dilation);
@@ -2879,9 +2894,10 @@ const char* launch(const Call& c) {
   const struct { bool holds; Attempt* attempt; } table[] = {
       {f64 && few_rows, direct_f64},
       {f64, walk_f64},
-      {stretches && dense && p.H * p.W < 4096 && (p.K < (f32 ? 22 : p.H * p.W < 1600 || (back && p.H % 14 == 0) ? 12 : 8) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
+      {stretches && dense && (back || p.H > 1) && p.H * p.W < 4096 && (p.K < (f32 ? 22 : p.H * p.W < 1600 || (back && p.H % 14 == 0) ? 12 : 8) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
       {dense && last && !f64 && (p.H == 7 || (p.H > 7 && p.H < 17 && (back || p.K > 5))), by_type(low_f32, low_f16, low_bf16)},
       {few_rows, by_type(direct_f32, direct_f16, direct_bf16)},
+      {capability >= 9 && dense && !aligned && !back && (last ? p.K <= (two_bytes && alignment(c) < 4 * size ? 7 : 3) : p.dilation > 1 && p.K <= (tiles(.33) ? 3 : 16)), bulk},
       {stretches && f32 && !back && aligned && dense && p.K > 8 && p.K < 28 && p.H * p.W >= 1024 && p.H * p.W < 3136, bulk},
       {aligned && dense && last && !back && (p.K == 3 || p.K == 5 || (f32 && p.K == 7 && H >= 24)), slide},
       {aligned && dense && !last && !back && (f32 ? H >= 64 && (p.K == 3 || p.K == 7 || (p.K == 11 && p.W % 128 == 0)) : p.K == 3 || (p.K == 5 && H >= 192)), slide},
@@ -2890,7 +2906,7 @@ const char* launch(const Call& c) {
       {two_bytes && last && tiles(.33) && p.K > (back && H >= 96 ? 7 : 11), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
       {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H > (f32 ? 23 : 16) : p.K > 3), by_type(march_last_f32, march_last_f16, march_last_bf16)},
       {f32 && !last && p.K > 13 && (back ? tiles(.6) : H >= 64 && tiles(.9)), toeplitz_f32},
-      {stretches && two_bytes && (!aligned || (p.K > 3 && p.H * p.W < 1024)) && p.K <= (p.H * p.W < 1024 ? 32 : p.W <= 256 ? 7 : 16), bulk},
+      {stretches && two_bytes && (!aligned || (p.K > 3 && (p.H * p.W < 1024 || (!back && p.W <= 40)))) && p.K <= (p.H * p.W < 1024 ? 32 : p.W > 256 || (!back && p.W <= 16) ? 16 : 7), bulk},
       {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
       {two_bytes && aligned && dense && !last && back && H >= 192 && p.K == 3, slide},
       {stretches && two_bytes && back && p.K <= 3, bulk},
