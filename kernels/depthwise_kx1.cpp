@@ -1013,10 +1013,11 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
   j.together = j.bands * j.column_tiles > 1 || (j.windows && j.band > 8) ? 1 : clamp(budget / ((j.in_rows + j.band) * j.slots), 1, j.images);
   j.sets = ceil_div(j.images, j.together);
-  // An output that no cache holds is stored past them: pixels or rows of whole lines where they are made; others, whose lines' ends would come back
-  // from memory, from a buffer. Not fresh memory, which the system clears through the caches when it is first written.
-  const int64_t output = p.N * p.C * j.vout.rows * j.vout.width * element;  // bytes
-  const bool large = can_store_past_caches && !j.fresh && output >= (j.forward ? 32 : 16) << 20, whole_lines = (gaps ? j.lanes | p.C : j.vout.row) * element % 64 == 0;
+  // An output that no cache holds beside what it is made of is stored past them: pixels or rows of whole lines where they are made; others, whose lines
+  // would come back from memory for their ends, from a buffer. Not fresh memory, which the system clears through the caches when it is first written.
+  const auto bytes_of = [&](const View& v) { return p.N * p.C * v.rows * v.width * element; };
+  const int64_t output = bytes_of(j.vout);
+  const bool large = can_store_past_caches && !j.fresh && bytes_of(j.vin) + (j.want_weight ? 2 : 1) * output >= 64 << 20, whole_lines = (gaps ? j.lanes | p.C : j.vout.row) * element % 64 == 0;
   j.staged = large && j.out && j.nq == Q && (j.direct ? !gaps && !j.windows && !(whole_lines && (vector_bytes == 64 || p.channels_last)) : j.lanes == 1);
   j.past_caches = large && j.direct && whole_lines && vector_bytes == 64 && !j.staged;
   j.uncached = j.direct && !j.past_caches && !j.staged && output >= 4 << 20;
