@@ -328,103 +328,77 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
 }
 
 // R of `slide`, and blocks of a multiprocessor, by measurement.
-constexpr int slide_rows(int size, int M, bool gradient) { return gradient ? 4 : size == 2 ? M == 3 ? 5 : 7 : M == 5 || M == 7 ? 5 : 6; }
-constexpr int slide_blocks(int size, int M, bool channels_last, bool gradient) { return gradient || (size == 2 && M == 3 && channels_last) ? 5 : M == 3 ? 6 : size == 4 && M < 11 ? 5 : 4; }
+constexpr int slide_rows(int size, int M) { return size == 2 ? M == 3 ? 5 : 7 : M == 3 ? 6 : 5; }
+constexpr int slide_blocks(int size, int M, bool channels_last) { return size == 2 ? M > 3 ? 4 : channels_last ? 5 : 6 : M > 3 ? 5 : 6; }
 // Whether registers have room to load a channel's weights one by one, where no vectors of them can be.
 __host__ __device__ constexpr bool slide_singly(int size, int M) { return M == 3 || (M == 5 && size == 4); }
 
-// `walk` for M taps at stride 1: rows stay packed, as loaded, until their turn, and a sum lives for one row of out, so that registers have
-// room for more rows on their way, and fewer are read twice. Registers: R + M - 1 packed rows of in, R of x, M of numbers, and if Gradient the
-// sums of x * grad_output for each tap, and of grad_output.
-template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient>
-__global__ void __launch_bounds__(128, slide_blocks(sizeof(T), M, ChannelsLast, Gradient))
-slide(const __grid_constant__ Walk a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
-      T* __restrict__ out, float* __restrict__ partial) {
+// `walk` for M taps forward at stride 1: rows stay packed, as loaded, until their turn, and a sum lives for one row of out, so that registers
+// have room for more rows on their way, and fewer are read twice. Registers: R + M - 1 packed rows of in, M of numbers.
+template <class T, int V, int R, int M, bool ChannelsLast>
+__global__ void __launch_bounds__(128, slide_blocks(sizeof(T), M, ChannelsLast))
+slide(const __grid_constant__ Walk a, const T* __restrict__ in, const T* __restrict__, const T* __restrict__ weight, const T* __restrict__ bias,
+      T* __restrict__ out, float* __restrict__) {
   constexpr int Vw = ChannelsLast ? V : 1;
-  const int tx = 1 << a.log2_tx, lines_per_tile = blockDim.x >> a.log2_tx, d = a.out_step.divisor, padding = int(a.p.padding_w) * a.pixel.divisor;
-  int slice, tile_column, c;
-  const int split = a.slices(blockIdx.x, slice), first_plane = a.column_tiles(slice, tile_column);
-  const int column = a.pixel_begin + (tile_column * tx + (threadIdx.x & (tx - 1))) * V, in_column = column - (Gradient ? 0 : padding), out_column = column - (Gradient ? padding : 0);
-  const bool owned = out_column >= 0 && out_column < int(a.out_columns), reached = in_column >= 0 && in_column < int(a.in_columns);
+  const int tx = 1 << a.log2_tx, lines_per_tile = blockDim.x >> a.log2_tx, d = a.out_step.divisor;
+  int slice, tile_column, c, group;
+  const int split = a.slices(blockIdx.x, slice), first_plane = a.column_tiles(slice, tile_column), line = split * lines_per_tile + (threadIdx.x >> a.log2_tx);
+  if (line >= a.lines) return;
+  const int column = (tile_column * tx + (threadIdx.x & (tx - 1))) * V, in_column = column - int(a.p.padding_w) * a.pixel.divisor;
+  const bool owned = column < int(a.out_columns), reached = in_column >= 0 && in_column < int(a.in_columns);
   const uint32_t in_stride = a.in_columns * d, out_stride = a.out_columns * d, all_in = ~0u >> (33 - R - M), all_out = ~0u >> (32 - R);
   const bool singly = ChannelsLast && slide_singly(sizeof(T), M) && (a.C % V || reinterpret_cast<uintptr_t>(weight) % 16);  // weights are loaded, for those of a vector of channels may lie anywhere
-  float dots[M] = {}, bias_sum = 0;
-  for (int line = split * lines_per_tile + (threadIdx.x >> a.log2_tx); line < a.lines; line += a.splits * lines_per_tile) {
-    int group, row = a.row_begin;
-    const int plane = a.groups(line, group) * a.plane_step + first_plane;
-    if (d > 1) row += a.groups_per_residue(group, group);
-    row += group * R * d;
-    const int in_row = row + a.row_shift;
-    const uint32_t valid = reached ? bits(a.in_step.steps(-in_row), a.in_step.steps(a.in_rows - in_row)) & all_in : 0;
-    const uint32_t mine = owned ? bits(a.out_step.steps(-row), a.out_step.steps(a.out_rows - row)) & all_out : 0;
-    const T* const from = in + (plane * a.in_plane + int64_t(in_row) * int(a.in_columns) + in_column);
-    const int64_t out_at = plane * a.out_plane + int64_t(row) * int(a.out_columns) + out_column;
-    ChannelsLast ? a.pixel(column, c) : a.channels(plane, c);
-    const auto make = [&]<bool guarded> {
-      Packed<T, V> raw[R + M - 1], own_raw[R];
-      uint32_t at = 0;
+  const int plane = a.groups(line, group) * a.plane_step + first_plane;
+  int row = d > 1 ? a.groups_per_residue(group, group) : 0;
+  row += group * R * d;
+  const int in_row = row + a.row_shift;
+  const uint32_t valid = reached ? bits(a.in_step.steps(-in_row), a.in_step.steps(a.in_rows - in_row)) & all_in : 0;
+  const uint32_t mine = owned ? bits(0, a.out_step.steps(a.out_rows - row)) & all_out : 0;
+  const T* const from = in + (plane * a.in_plane + int64_t(in_row) * int(a.in_columns) + in_column);
+  T* const to = out + (plane * a.out_plane + int64_t(row) * int(a.out_columns) + column);
+  ChannelsLast ? a.pixel(column, c) : a.channels(plane, c);
+  const auto make = [&]<bool guarded> {
+    Packed<T, V> raw[R + M - 1];
+    uint32_t at = 0;
 #pragma unroll
-      for (int t = 0; t < R + M - 1; ++t, at += in_stride) raw[t] = !guarded || valid >> t & 1 ? load<V>(from + at) : Packed<T, V>{};
-      at = 0;
+    for (int t = 0; t < R + M - 1; ++t, at += in_stride) raw[t] = !guarded || valid >> t & 1 ? load<V>(from + at) : Packed<T, V>{};
+    Packed<T, Vw> taps[M];  // of a channel, then of the next
+    float initial[Vw], window[M][V];
 #pragma unroll
-      for (int r = 0; r < R; ++r, at += out_stride)
-        if (Gradient) own_raw[r] = a.has_dots && (!guarded || mine >> r & 1) ? load<V>(x + (out_at + at)) : Packed<T, V>{};
-      Packed<T, Vw> taps[M];  // of a channel, then of the next
-      float initial[Vw], window[M][V];
+    for (int m = 0; m < M; ++m) taps[m] = !singly ? load<Vw>(weight + (c * M + m * Vw)) : Packed<T, Vw>{};
 #pragma unroll
-      for (int m = 0; m < M; ++m) taps[m] = !singly && (!Gradient || weight) ? load<Vw>(weight + (c * M + m * Vw)) : Packed<T, Vw>{};
+    for (int v = 0; v < Vw; ++v) {
+      initial[v] = bias ? widen(bias[c]) : 0;
 #pragma unroll
-      for (int v = 0; v < Vw; ++v) {
-        initial[v] = !Gradient && bias ? widen(bias[c]) : 0;
-#pragma unroll
-        for (int i = v * M; singly && i < v * M + M; ++i) taps[i / Vw].at[i % Vw] = weight[c * M + i - v * M];
-        if (++c == a.C) c = 0;
-      }
-      at = 0;
-#pragma unroll
-      for (int t = 0; t < R + M - 1; ++t) {
-        unpack(window[t % M], raw[t]);
-        const int r = t - M + 1;
-        if (r < 0) continue;
-        float acc[V], own[V];
-        if (Gradient) unpack(own, own_raw[r]);
-#pragma unroll
-        for (int v = 0; v < V; ++v) acc[v] = initial[v % Vw], bias_sum += Gradient ? window[t % M][v] : 0;  // every row meets the last of these taps once
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-          if (guarded && !(valid >> (r + m) & 1)) continue;  // left out, not multiplied by zero, for weight or x may be infinite
-#pragma unroll
-          for (int v = 0; v < V; ++v) {
-            const int tap = v % Vw * M + (Gradient ? M - 1 - m : m);
-            acc[v] += widen(taps[tap / Vw].at[tap % Vw]) * window[(t + 1 + m) % M][v];
-            if (Gradient && (!guarded || mine >> r & 1)) dots[m] += own[v] * window[(t + 1 + m) % M][v];
-          }
-        }
-        if ((!Gradient || out) && (!guarded || mine >> r & 1)) {
-          const Packed<T, V> packed = pack<T, V>(acc);
-          store_16(out + (out_at + at), reinterpret_cast<const uint4&>(packed));
-        }
-        at += out_stride;
-      }
-    };
-    valid == all_in && mine == all_out ? make.template operator()<false>() : make.template operator()<true>();
-    if (!Gradient) break;  // a thread has one line: a loop would need more registers
-  }
-  if (Gradient && partial) {  // over the block's threads, in fixed order
-    __shared__ float sums[M + 1][4];
-#pragma unroll
-    for (int m = 0; m <= M; ++m) {
-      float sum = m < M ? dots[m] : bias_sum;
-      for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-      if (threadIdx.x % 32 == 0) sums[m][threadIdx.x / 32] = sum;
+      for (int i = v * M; singly && i < v * M + M; ++i) taps[i / Vw].at[i % Vw] = weight[c * M + i - v * M];
+      if (++c == a.C) c = 0;
     }
-    __syncthreads();
-    const int n = a.dot_end, k = threadIdx.x;  // n: of M, or none
-    if (k <= n) {
-      const float (&of)[4] = sums[k == n ? M : M - 1 - k];
-      partial[(int64_t(first_plane) * a.blocks + tile_column * a.splits + split) * (n + 1) + k] = of[0] + of[1] + (of[2] + of[3]);
+    at = 0;
+#pragma unroll
+    for (int t = 0; t < R + M - 1; ++t) {
+      unpack(window[t % M], raw[t]);
+      const int r = t - M + 1;
+      if (r < 0) continue;
+      float acc[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) acc[v] = initial[v % Vw];
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        if (guarded && !(valid >> (r + m) & 1)) continue;  // left out, not multiplied by zero, for weight may be infinite
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const int tap = v % Vw * M + m;
+          acc[v] += widen(taps[tap / Vw].at[tap % Vw]) * window[(t + 1 + m) % M][v];
+        }
+      }
+      if (!guarded || mine >> r & 1) {
+        const Packed<T, V> packed = pack<T, V>(acc);
+        store_16(to + at, reinterpret_cast<const uint4&>(packed));
+      }
+      at += out_stride;
     }
-  }
+  };
+  valid == all_in && mine == all_out ? make.template operator()<false>() : make.template operator()<true>();
 }
 
 // Bytes from global to shared memory, of which `count` count, the others are zeros; asynchronous from compute capability 8.0 on.
@@ -2235,6 +2209,7 @@ const char* check(cudaError_t);
 const char* allow(const void* kernel, size_t shared);
 void* make_room(const Sums&, const Call&);
 uint64_t alignment(const Call&);
+inline bool dense(const Problem& p) { return p.stride_h == 1 && p.stride_w == 1; }
 bool aligned_tiles(const Call&);
 Plan<Walk> walk_plan(const Call&, const void* kernel, int V, int R, int M);
 Plan<March> march_plan(const Call&, int V, int M);
@@ -2370,8 +2345,8 @@ Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
   a.column_tiles = column_tiles, a.slices = slices;
   // The device starts blocks in the order of memory: of short ones, neighbours read the rows they share at the same time, and L2 has them.
   // But each reads its weights, if channels_last, and adds up its sums, if gradient.
-  if (!gradient && (!last || (M == 3 && size == 4))) {
-    a.splits = ceil_div(tiles, ceil_div(tiles * slices, (last || V == 8 ? 128 : 256) * current_device().multiprocessors));
+  if (!gradient && !last) {
+    a.splits = ceil_div(tiles, ceil_div(tiles * slices, 256 * current_device().multiprocessors));
   } else {
     int resident = 1;
     allow(kernel, plan.shared);
@@ -2403,7 +2378,7 @@ Plan<March> march_plan(const Call& c, int V, int M) {
   const int64_t longest = ceil_div(a.out_rows, p.dilation), residues = smaller(p.dilation, a.out_rows), planes = (last ? p.N / images : p.N) * residues;
   const int64_t tiles = last ? group_tiles : group_tiles * ceil_div(p.C, images);
   // 32-bit indices
-  plan.applies = p.K <= M && alignment(c) >= V * size && all_below(1 << 30, p.N * a.out_rows * tiles, p.N * p.C, (tiles + 1) * tile, p.C * p.K, p.H + 2 * p.padding_h + (p.K + 32) * p.dilation) &&
+  plan.applies = current_device().capability >= 8 && dense(p) && p.K <= M && alignment(c) >= V * size && all_below(1 << 30, p.N * a.out_rows * tiles, p.N * p.C, (tiles + 1) * tile, p.C * p.K, p.H + 2 * p.padding_h + (p.K + 32) * p.dilation) &&
                  sees_grad_output(a) && filled >= .5;
   if (!plan.applies) return plan;
   a.column_begin = a.has_bias_sum ? -p.padding_w * pixel : 0, a.columns = images * walked * pixel, a.images = images, a.row = walked * pixel, a.in_shift = a.column_shift * pixel;
@@ -2438,7 +2413,7 @@ Plan<Low> low_plan(const Call& c, int V, int R, int M) {
   Plan<Low> plan{{make_pass(c)}};
   Low& a = plan.a;
   const int64_t slices = ceil_div(p.C, 32 * V), columns = p.N * p.W;
-  plan.applies = p.H == p.H_out && p.K <= M && p.padding_w == 0 && p.dilation == 1 && p.C % V == 0 && p.C > 16 * V &&
+  plan.applies = p.channels_last && dense(p) && p.H > 6 && p.H <= R && p.H == p.H_out && p.K <= M && p.padding_w == 0 && p.dilation == 1 && p.C % V == 0 && p.C > 16 * V &&
                  alignment(c) >= V * size_of(p.type) && all_below(1 << 29, columns, p.W * p.C, p.C * p.K);
   if (!plan.applies) return plan;
   a.width = p.W, a.slices = slices, a.columns = columns;
@@ -2459,7 +2434,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   const bool last = p.channels_last, gradient = a.has_dots || a.has_bias_sum, aligned = aligned_tiles(c);
   const int size = size_of(p.type), strip = last ? pixels : strip_bytes / size;
   // 32-bit indices of strips, columns and rows
-  plan.applies = (aligned || (!last && size == 2)) &&
+  plan.applies = device.capability >= 8 && dense(p) && (aligned || (!last && size == 2)) &&
                  all_below(1 << 28, p.C * p.N * ceil_div(p.W_out, strip), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation) && sees_grad_output(a);
   if (!plan.applies) return plan;
   a.in_row = a.in_columns * p.dilation, a.out_row = a.out_columns * p.dilation;
@@ -2544,7 +2519,7 @@ Plan<Bulk> bulk_plan(const Call& c, int R, int M, bool strided, bool general) {
   Bulk& a = plan.a;
   const Device& device = current_device();
   const int64_t channels = p.channels_last ? p.C : 1, halo = (p.K - 1) * p.dilation;
-  plan.applies = p.K <= 64 && p.padding_h <= halo && channels * p.K <= 2048 && all_below(1 << 28, a.in_plane, a.out_plane, p.N * p.C, p.H + 2 * p.padding_h) &&
+  plan.applies = device.capability >= 9 && p.K <= 64 && p.padding_h <= halo && channels * p.K <= 2048 && all_below(1 << 28, a.in_plane, a.out_plane, p.N * p.C, p.H + 2 * p.padding_h) &&
                  (!c.x || !c.out || (reinterpret_cast<uintptr_t>(c.x) - reinterpret_cast<uintptr_t>(c.out)) % 16 == 0);
   if (!plan.applies) return plan;
   a.step = general ? p.dilation : p.stride_h, a.stride_w = p.stride_w, a.channels = channels;
@@ -2593,7 +2568,7 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   const int64_t threads = ceil_div(a.out_rows, R) * a.out_width, most = planes_threads - 32;
   const bool fits = gaps ? p.K <= M && (address(c.in) | a.in_plane * size) % 16 == 0
                          : larger(a.in_rows, a.out_rows) <= R && p.K <= 64 && (M == 2 * R - 1 || (a.row_shift >= -(M / 2) && a.row_shift + p.K - 1 <= M / 2));
-  if (!fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K)) return plan;
+  if (device.capability < 9 || !dense(p) || p.dilation > 1 || p.channels_last || !fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K)) return plan;
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane, a.threads = threads, a.columns = a.out_width;
   const int64_t beyond = larger(larger(1, -a.row_shift), round_up(a.out_rows, R) + M - 1 + a.row_shift - a.in_rows);  // rows
   if (gaps) a.gap = round_up(beyond * a.in_width * size, 128) / size;
@@ -2626,7 +2601,7 @@ Plan<Direct> direct_plan(const Call& c, int V) {
   while (p.channels_last && period % V) period += p.C;
   const int64_t vectors = a.out_columns / V, planes = p.channels_last ? p.N : p.N * p.C;
   plan.shared = p.channels_last ? size * period * p.K : 0;
-  plan.applies = plan.shared <= 32 << 10 && all_below(1 << 30, planes * p.H_out * vectors, planes, p.C * p.K, p.H + 2 * p.padding_h, p.W * p.C, p.W_out * p.C, p.W_out * p.stride_w);
+  plan.applies = !c.transposed && plan.shared <= 32 << 10 && all_below(1 << 30, planes * p.H_out * vectors, planes, p.C * p.K, p.H + 2 * p.padding_h, p.W * p.C, p.W_out * p.C, p.W_out * p.stride_w);
   if (!plan.applies) return plan;
   a.vectors = vectors, a.rows = p.H_out, a.channels = p.C, a.dilation = p.dilation, a.pixel = p.C, a.period = period, a.count = planes * p.H_out * vectors;
   a.step_column = direct_threads % vectors, a.step_row = direct_threads / vectors % p.H_out, a.step_plane = direct_threads / vectors / p.H_out;
@@ -2650,7 +2625,7 @@ const char* run(void (*kernel)(A, const T*, const T*, const T*, const T*, T*, Su
 // R of `walk`, for which registers have room.
 constexpr int walk_rows(int size, int V, int M, bool channels_last, bool gradient) {
   if (V == 1) return size == 8 ? 8 : 16;
-  if (M == 3) return (!gradient ? 32 : size == 2 || channels_last ? 16 : 24) / V;
+  if (M == 3) return 2;
   return channels_last ? gradient ? 4 : 8 : gradient ? 5 : 7;
 }
 
@@ -2670,35 +2645,38 @@ template <class T, int V, int M, bool ChannelsLast, bool Gradient> Outcome walk_
   return nullptr;
 }
 
-template <class T, int M, bool ChannelsLast, bool Gradient = false> Outcome slide_by(const Call& c) {
-  constexpr int V = 16 / sizeof(T), R = slide_rows(sizeof(T), M, Gradient);
-  const auto kernel = slide<T, V, R, M, ChannelsLast, Gradient>;
+template <class T, int M, bool ChannelsLast> Outcome slide_by(const Call& c) {
+  constexpr int V = 16 / sizeof(T), R = slide_rows(sizeof(T), M);
+  const auto kernel = slide<T, V, R, M, ChannelsLast>;
+  if (c.transposed || c.p.K != M || !dense(c.p) || alignment(c) < 16) return {};
   Plan<Walk> plan = walk_plan(c, reinterpret_cast<const void*>(kernel), V, R, 0);
   if (!plan.applies || (ChannelsLast && !slide_singly(sizeof(T), M) && (c.p.C % V || reinterpret_cast<uintptr_t>(c.weight) % 16))) return {};
-  if (!Gradient) plan.a.splits = ceil_div(plan.a.lines, 128 >> plan.a.log2_tx), plan.blocks = plan.a.slices.divisor * plan.a.splits;  // a line for each thread
+  plan.a.splits = ceil_div(plan.a.lines, 128 >> plan.a.log2_tx), plan.blocks = plan.a.slices.divisor * plan.a.splits;  // a line for each thread
   plan.threads = 128, plan.shared = 0;
-  return run<T>(kernel, plan, c, make_room(plan.sums, c));
+  return run<T>(kernel, plan, c, nullptr);
 }
 
 template <class T> Outcome launch_slide(const Call& c) {
-  const bool last = c.p.channels_last;
+  if (!c.p.channels_last) return slide_by<T, 3, false>(c);
   if constexpr (sizeof(T) == 4) {
-    if (c.p.K == 11) return slide_by<T, 11, false>(c);
-    if (c.p.K == 7) return (last ? slide_by<T, 7, true> : slide_by<T, 7, false>)(c);
-    if (c.p.K == 5) return slide_by<T, 5, true>(c);
-  } else {
-    if (c.transposed) return slide_by<T, 3, false, true>(c);
-    if (c.p.K == 5) return (last ? slide_by<T, 5, true> : slide_by<T, 5, false>)(c);
+    if (c.p.K == 7) return slide_by<T, 7, true>(c);
   }
-  return (last ? slide_by<T, 3, true> : slide_by<T, 3, false>)(c);
+  return (c.p.K == 3 ? slide_by<T, 3, true> : slide_by<T, 5, true>)(c);
 }
 
-template <class T, int V, int M> Outcome launch_walk(const Call& c) {
+template <class T, int V> Outcome launch_walk(const Call& c) {
+  if (alignment(c) < V * sizeof(T)) return {};
   if constexpr (sizeof(T) < 8) {
-    if (c.p.channels_last) return (c.transposed ? walk_by<T, V, M, true, true> : walk_by<T, V, M, true, false>)(c);
+    if (c.p.channels_last) return (c.transposed ? walk_by<T, V, 7, true, true> : walk_by<T, V, 7, true, false>)(c);
   }
-  if constexpr (sizeof(T) > 2 || V != 4) return (c.transposed ? walk_by<T, V, M, false, true> : walk_by<T, V, M, false, false>)(c);
+  if constexpr (sizeof(T) > 2 || V == 1) return (c.transposed ? walk_by<T, V, 7, false, true> : walk_by<T, V, 7, false, false>)(c);
   return {};
+}
+
+// Of up to 3 taps, by vectors of 16 bytes.
+template <class T> Outcome launch_walk_3(const Call& c) {
+  if (alignment(c) < 16 || !c.p.channels_last || !c.transposed) return {};
+  return walk_by<T, 8, 3, true, true>(c);
 }
 
 template <class T, int M, bool ChannelsLast, bool Gradient, int V = march_vector(sizeof(T), M, ChannelsLast, Gradient)> Outcome march_by(const Call& c) {
@@ -2709,6 +2687,7 @@ template <class T, int M, bool ChannelsLast, bool Gradient, int V = march_vector
 
 template <class T> Outcome launch_march(const Call& c) {
   const auto by = [&]<int M> { return (c.transposed ? march_by<T, M, false, true> : march_by<T, M, false, false>)(c); };
+  if (!c.transposed && c.p.K < (sizeof(T) == 4 ? 8 : 4)) return {};  // taps left out are at most 3 of 11, 7
   if constexpr (sizeof(T) == 2) return by.template operator()<7>();
   else if (alignment(c) < 16) {  // rows that do not line up: a column for each thread
     const auto singly = [&]<int M> { return (c.transposed ? march_by<T, M, false, true, 1> : march_by<T, M, false, false, 1>)(c); };
@@ -2720,12 +2699,12 @@ template <class T> Outcome launch_march(const Call& c) {
 
 template <class T> Outcome launch_march_last(const Call& c) {
   const auto by = [&]<int M> { return (c.transposed ? march_by<T, M, true, true> : march_by<T, M, true, false>)(c); };
-  if (c.p.K <= 3) return march_by<T, 3, true, true>(c);
+  if (c.p.K <= 3) return c.transposed ? march_by<T, 3, true, true>(c) : Outcome();
   if (c.p.K <= 7) return by.template operator()<7>();
   if constexpr (sizeof(T) == 4) {
     if (c.p.K > 21) return by.template operator()<31>();
     if (c.p.K > 11) return by.template operator()<21>();
-  } else if (c.p.K > 11) return march_by<T, 21, true, false>(c);
+  } else if (c.p.K > 11) return c.transposed ? Outcome() : march_by<T, 21, true, false>(c);
   return by.template operator()<11>();
 }
 
@@ -2768,8 +2747,9 @@ template <class T, int R, int M, bool Gradient, bool Strided, bool General = fal
 template <class T> Outcome launch_bulk(const Call& c) {
   const Problem& p = c.p;
   const auto by = [&]<int R, int M, bool Strided> { return (c.transposed ? bulk_by<T, R, M, true, Strided> : bulk_by<T, R, M, false, Strided>)(c); };
-  if (p.dilation > 1 || p.channels_last) return p.K <= 3 ? bulk_by<T, 8, 3, false, false, true>(c) : bulk_by<T, 8, 7, false, false, true>(c);
-  if (p.stride_h > 1 || p.stride_w > 1) {
+  if (p.dilation > 1 || p.channels_last) return !dense(p) || c.transposed ? Outcome() : p.K <= 3 ? bulk_by<T, 8, 3, false, false, true>(c) : bulk_by<T, 8, 7, false, false, true>(c);
+  if (!dense(p)) {
+    if (alignment(c) >= 16 || p.K > 16 || p.stride_h > p.K || p.stride_w > 4) return {};
     if constexpr (sizeof(T) == 4) return c.transposed ? bulk_by<T, 8, 2, true, true>(c) : Outcome();
     else return by.template operator()<8, 2, true>();
   }
@@ -2790,15 +2770,15 @@ template <class T> Outcome launch_planes(const Call& c) {
   if (rows <= 7) return by.template operator()<7, 13, false>();
   if (rows <= 14 && p.K <= 11)
     if (const Outcome outcome = p.K <= 7 ? by.template operator()<14, 7, false>() : by.template operator()<14, 11, false>()) return outcome;
-  if (p.H * p.W * sizeof(T) < 512) return {};  // many short copies
   if constexpr (sizeof(T) == 4) {
     if (p.K > 11) return by.template operator()<8, 21, true>();
   }
   const auto by_taps = [&]<int R> {
     return p.K <= 3 ? by.template operator()<R, 3, true>() : p.K <= 7 ? by.template operator()<R, 7, true>() : by.template operator()<R, 11, true>();
   };
-  const bool high = round_up(made, 14) <= round_up(made, 8) || ceil_div(made, 8) * p.W_out > planes_threads - 32;  // 14 rows leave no more to spare, or 8 take too many threads
-  return high ? by_taps.template operator()<14>() : by_taps.template operator()<8>();
+  if (20 * round_up(made, 14) > 21 * round_up(made, 8))  // 14 rows leave more to spare
+    if (const Outcome outcome = by_taps.template operator()<8>()) return outcome;
+  return by_taps.template operator()<14>();
 }
 
 template <class T, int V> Outcome direct_by(const Call& c) {
@@ -2819,10 +2799,10 @@ template <class T> Outcome launch_direct(const Call& c) {
 }
 }  // namespace gpu
 
-// Launchers by type; walk_3: up to 3 taps, vectors of 16 bytes; walk_4: vectors of 4 numbers.
+// Launchers by type; walk_4: vectors of 4 numbers.
 using Attempt = Outcome(const Call&);
 Attempt direct_f64, direct_f32, direct_f16, direct_bf16, planes_f32, planes_f16, planes_bf16, slide_f32, slide_f16, slide_bf16, low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, march_last_f32, march_last_f16, march_last_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
-    walk_3_f32, walk_3_f16, walk_3_bf16, walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
+    walk_3_f16, walk_3_bf16, walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
 // ---- end of what is compiled with each of the following parts, side by side ----
 
 namespace {
@@ -2875,48 +2855,35 @@ const char* add_up(const Call& c, const Sums& s, const void* partial) {
   return (type == Type::f64 ? reduce_by<double> : type == Type::f32 ? reduce_by<float> : type == Type::f16 ? reduce_by<f16> : reduce_by<bf16>)(c, s, partial);
 }
 
-// The choice of kernel: the first row that holds and whose kernel can. Where each pays is by measurement, on an H100 and an H200.
+// The choice of kernel: the first row that holds and whose kernel can. Fitted to the times of all kernels that can, on an H200, for 820 problems of networks and random ones.
 const char* launch(const Call& c) {
   const Problem& p = c.p;
-  const bool f64 = p.type == Type::f64, f32 = p.type == Type::f32, two_bytes = !f64 && !f32, last = p.channels_last, back = c.transposed;
-  const bool aligned = alignment(c) >= 16, dense = p.stride_h == 1 && p.stride_w == 1;
-  const int size = size_of(p.type), capability = current_device().capability;
-  // The bulk copy engine takes planes as stretches of memory, best contiguous ones at dilation 1. Tensor cores take tiles, of which a part at least is to be used.
-  const bool stretches = capability >= 9 && p.dilation == 1 && !last && (dense || (!aligned && p.K <= 16 && p.stride_h <= p.K && p.stride_w <= 4));
-  // Forward, with so few rows in a residue class modulo the dilation that other kernels' groups of rows would lie mostly beyond the plane.
-  const int64_t rows = ceil_div(p.H, p.dilation);
-  const bool few_rows = !back && (rows <= 5 || (!dense && rows <= 14 && p.K <= 5));
-  const int64_t H = ceil_div(back ? p.H : p.H_out, p.dilation), strip = last ? pixels : strip_bytes / size;
-  const auto tiles = [&](double part) { return capability >= 8 && dense && p.W * H > part * (round_up(p.W, strip) * round_up(H, step)); };
+  const int64_t K = p.K, rows = ceil_div(p.H, p.dilation), rows_made = ceil_div(c.transposed ? p.H : p.H_out, p.dilation);  // of a residue class modulo the dilation
+  const bool f64 = p.type == Type::f64, f32 = p.type == Type::f32, two_bytes = !f64 && !f32, last = p.channels_last, back = c.transposed, aligned = alignment(c) >= 16;
+  const int64_t strip = last ? pixels : strip_bytes / size_of(p.type);
+  const auto tiles = [&](double part) { return dense(p) && p.W * rows_made > part * (round_up(p.W, strip) * round_up(rows_made, step)); };  // of tensor cores are used so much
 
   const auto by_type = [&](Attempt* of_f32, Attempt* of_f16, Attempt* of_bf16) { return f32 ? of_f32 : p.type == Type::f16 ? of_f16 : of_bf16; };
-  Attempt *const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16), *const slide = by_type(slide_f32, slide_f16, slide_bf16);
+  Attempt *const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16), *const direct = by_type(direct_f32, direct_f16, direct_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
-      {f64 && few_rows, direct_f64},
+      {f64 && !back && rows <= 6, direct_f64},
       {f64, walk_f64},
-      {stretches && dense && (back || p.H > 1) && p.H * p.W < 4096 && (p.K < (f32 ? 22 : p.H * p.W < 1600 || (back && p.H % 14 == 0) ? 12 : 8) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
-      {dense && last && !f64 && (p.H == 7 || (p.H > 7 && p.H < 17 && (back || p.K > 5))), by_type(low_f32, low_f16, low_bf16)},
-      {few_rows, by_type(direct_f32, direct_f16, direct_bf16)},
-      {capability >= 9 && dense && !aligned && !back && (last ? p.K <= (two_bytes && alignment(c) < 4 * size ? 7 : 3) : p.dilation > 1 && p.K <= (tiles(.33) ? 3 : 16)), bulk},
-      {stretches && f32 && !back && aligned && dense && p.K > 8 && p.K < 28 && p.H * p.W >= 1024 && p.H * p.W < 3136, bulk},
-      {aligned && dense && last && !back && (p.K == 3 || p.K == 5 || (f32 && p.K == 7 && H >= 24)), slide},
-      {aligned && dense && !last && !back && (f32 ? H >= 64 && (p.K == 3 || p.K == 7 || (p.K == 11 && p.W % 128 == 0)) : p.K == 3 || (p.K == 5 && H >= 192)), slide},
-      {capability >= 8 && f32 && dense && !last && H > 23 && p.H * p.W >= (back ? 2304 : 3136) && p.K > (aligned && back ? 3 : 7) && p.K < (aligned ? 22 : 32), march_f32},
-      {capability >= 8 && two_bytes && aligned && dense && !last && H > 23 && p.K > 3 && p.K < 8 && (back ? H < 160 : p.dilation > 1 && !tiles(.75)), by_type(nullptr, march_f16, march_bf16)},
-      {two_bytes && last && tiles(.33) && p.K > (back && H >= 96 ? 7 : 11), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
-      {capability >= 8 && dense && last && p.K <= (f32 ? 31 : !back && H >= 6 * p.K ? 21 : 11) && (back ? H > (f32 ? 23 : 16) : p.K > 3), by_type(march_last_f32, march_last_f16, march_last_bf16)},
-      {f32 && !last && p.K > 13 && (back ? tiles(.6) : H >= 64 && tiles(.9)), toeplitz_f32},
-      {stretches && two_bytes && (!aligned || (p.K > 3 && (p.H * p.W < 1024 || (!back && p.W <= 40)))) && p.K <= (p.H * p.W < 1024 ? 32 : p.W > 256 || (!back && p.W <= 16) ? 16 : 7), bulk},
-      {stretches && f32 && back && (!aligned || p.H * p.W < 4096), bulk},
-      {two_bytes && aligned && dense && !last && back && H >= 192 && p.K == 3, slide},
-      {stretches && two_bytes && back && p.K <= 3, bulk},
-      {stretches && f32 && !back && dense && !aligned && (p.K > 11 || 20 * round_up(p.W_out, 64) > 21 * p.W_out), bulk},  // or tiles of `walk` would be cut
-      {f32 && !last && p.K > 21 && tiles(.33), toeplitz_f32},
-      {two_bytes && last && tiles(.33) && p.K > (back && p.dilation == 1 ? 3 : 7), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
-      {two_bytes && !last && tiles(.33) && p.K > (aligned_tiles(c) && !back ? 3 : 2), by_type(nullptr, toeplitz_f16, toeplitz_bf16)},
-      {last && c.grad_weight && p.K > (dense ? 40 : 63), [](const Call&) { return Outcome(contiguous_is_faster); }},  // than to read all again for every few taps
-      {aligned && p.K <= 3, by_type(walk_3_f32, walk_3_f16, walk_3_bf16)},
-      {alignment(c) >= 4 * size && (f32 || last), by_type(walk_4_f32, walk_4_f16, walk_4_bf16)},
+      {last && (back || K > 3), by_type(low_f32, low_f16, low_bf16)},
+      {p.H * p.W < 4096 && K <= (f32 || !tiles(.5) ? 28 : 11), by_type(planes_f32, planes_f16, planes_bf16)},
+      {!back && rows <= 6, direct},
+      {!back && !dense(p) && (!last || (two_bytes && aligned)) && K <= (two_bytes && !last && p.W_out > 20 ? 1 : 4) * p.stride_h, direct},
+      {!back && (K == 3 || (last && (K == 5 || (f32 && K == 7)))), by_type(slide_f32, slide_f16, slide_bf16)},
+      {two_bytes && last && K > 11 && tiles(.15), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
+      {last && K <= (f32 && !back ? 1 : 2) * rows, by_type(march_last_f32, march_last_f16, march_last_bf16)},
+      {two_bytes && last && !back && !aligned, bulk},
+      {!last && (!dense(p) || (!aligned && (K <= 9 || p.W < 4 || (f32 ? !back && 10 * round_up(p.W_out, 64) > 13 * p.W_out : !tiles(.4))))), bulk},
+      {!last && (K <= 2 * rows || !aligned), by_type(march_f32, march_f16, march_bf16)},
+      {!last && (f32 ? K > 13 && tiles(.5) : K > 2 && tiles(aligned_tiles(c) ? .15 : .3)), by_type(toeplitz_f32, toeplitz_f16, toeplitz_bf16)},
+      {!last && (back || two_bytes || !aligned), bulk},
+      {two_bytes && !back && (aligned || !last) && (K <= 4 || rows <= 128), direct},
+      {last && c.grad_weight && K > 80, [](const Call&) { return Outcome(contiguous_is_faster); }},  // than to read all again for every few taps
+      {two_bytes && K <= 3, by_type(nullptr, walk_3_f16, walk_3_bf16)},
+      {!(last && back && K > 29 && rows > 28), by_type(walk_4_f32, walk_4_f16, walk_4_bf16)},
       {true, by_type(walk_1_f32, walk_1_f16, walk_1_bf16)},
   };
   for (const auto& [holds, attempt] : table)
@@ -2925,9 +2892,9 @@ const char* launch(const Call& c) {
   return "no kernel";  // not reached: the last row's always applies
 }
 
-Outcome walk_f64(const Call& c) { return launch_walk<double, 1, 7>(c); }
+Outcome walk_f64(const Call& c) { return launch_walk<double, 1>(c); }
 Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
-Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1, 7>(c); }
+Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1>(c); }
 // ---- end of a part ----
 Outcome bulk_f16(const Call& c) { return launch_bulk<f16>(c); }
 Outcome direct_bf16(const Call& c) { return launch_direct<bf16>(c); }
@@ -2941,15 +2908,15 @@ Outcome slide_f32(const Call& c) { return launch_slide<float>(c); }
 // ---- end of a part ----
 Outcome low_f16(const Call& c) { return launch_low<f16>(c); }
 Outcome slide_f16(const Call& c) { return launch_slide<f16>(c); }
-Outcome walk_3_f16(const Call& c) { return launch_walk<f16, 8, 3>(c); }
-Outcome walk_4_f16(const Call& c) { return launch_walk<f16, 4, 7>(c); }
-Outcome walk_1_f16(const Call& c) { return launch_walk<f16, 1, 7>(c); }
+Outcome walk_3_f16(const Call& c) { return launch_walk_3<f16>(c); }
+Outcome walk_4_f16(const Call& c) { return launch_walk<f16, 4>(c); }
+Outcome walk_1_f16(const Call& c) { return launch_walk<f16, 1>(c); }
 // ---- end of a part ----
 Outcome low_bf16(const Call& c) { return launch_low<bf16>(c); }
 Outcome slide_bf16(const Call& c) { return launch_slide<bf16>(c); }
-Outcome walk_3_bf16(const Call& c) { return launch_walk<bf16, 8, 3>(c); }
-Outcome walk_4_bf16(const Call& c) { return launch_walk<bf16, 4, 7>(c); }
-Outcome walk_1_bf16(const Call& c) { return launch_walk<bf16, 1, 7>(c); }
+Outcome walk_3_bf16(const Call& c) { return launch_walk_3<bf16>(c); }
+Outcome walk_4_bf16(const Call& c) { return launch_walk<bf16, 4>(c); }
+Outcome walk_1_bf16(const Call& c) { return launch_walk<bf16, 1>(c); }
 // ---- end of a part ----
 Outcome toeplitz_f16(const Call& c) { return launch_toeplitz<f16>(c); }
 Outcome toeplitz_last_f16(const Call& c) { return launch_toeplitz_last<f16>(c); }
@@ -2970,7 +2937,6 @@ Outcome direct_f64(const Call& c) { return launch_direct<double>(c); }
 Outcome planes_f32(const Call& c) { return launch_planes<float>(c); }
 // ---- end of a part ----
 Outcome planes_f16(const Call& c) { return launch_planes<f16>(c); }
-Outcome walk_3_f32(const Call& c) { return launch_walk<float, 4, 3>(c); }
 // ---- end of a part ----
 Outcome planes_bf16(const Call& c) { return launch_planes<bf16>(c); }
-Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4, 7>(c); }
+Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4>(c); }
