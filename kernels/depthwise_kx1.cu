@@ -1681,6 +1681,10 @@ constexpr int bulk_blocks(bool gradient) {
 #endif
 }
 
+// Of problems for `bulk`: plain ones are contiguous, without stride or dilation. Dilated: forward alone, also channels_last, where an image is
+// a plane and a number a column with taps of its own.
+enum class Form { plain, strided, dilated };
+
 // A stretch of memory that a block works on: a band of rows of a plane, or whole planes of neighbouring channels.
 struct Chunk {
   int64_t out_at;
@@ -1696,8 +1700,8 @@ struct Bulk : Pass {
   int band_rows, chunks, splits;         // rows of out in a chunk; chunks of a slice, dealt to `splits` blocks
   Divisor slices, bands, columns;        // slices: of `planes` channels; bands of a plane; columns of out
   int items;                             // groups of R rows of a column, of a plane in a chunk
-  Divisor step;                          // stride_h; General: dilation
-  Divisor channels;                      // General: in a plane, C if channels_last, else 1
+  Divisor step;                          // stride_h, or dilation
+  Divisor channels;                      // in a plane: C if channels_last, else 1
   int stride_w;
   int sums_at, slots_at, out_at, slot_bytes;  // in shared memory
 };
@@ -1729,16 +1733,16 @@ template <class T> __device__ void store_numbers(T* to, const T* from, int skipp
 // block's sums of x * grad_output for each tap and of grad_output (`partial`).
 // While a block works on a chunk, the next is under way. A thread makes R rows of a column of its plane at once, by M taps at a time.
 // Strided: which rows and taps meet is as in `walk`; transposed, a thread also writes the zeros of the columns up to the next that in reaches.
-// General: forward, dilated or in channels_last, where an image is a plane and a number a column with taps of its own; else contiguous at dilation 1.
 // Rows beyond the plane are multiplied as zeros, for to leave them out costs more than the products; where an infinity or NaN may make that wrong,
 // sums are made anew from the definition.
 // Registers: R sums, R + M - 1 rows of in, R of x, M weight gradients. Shared memory: the taps, weight gradients beyond M, and slots of a
 // stretch of in and one of out, where x lies before.
-template <class T, int R, int M, bool Gradient, bool Strided, bool General>
+template <class T, int R, int M, bool Gradient, Form form>
 __global__ void __launch_bounds__(bulk_threads, bulk_blocks(Gradient))
 bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
      T* __restrict__ out, float* __restrict__ partial) {
 #if __CUDA_ARCH__ >= 900
+  constexpr bool Strided = form == Form::strided, Dilated = form == Form::dilated;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint64_t barriers[bulk_slots];
   __shared__ Chunk described[bulk_slots];
@@ -1748,7 +1752,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
   const bool manages = threadIdx.x / 32 == bulk_threads / 32 - 1, leads = threadIdx.x == bulk_threads - 32;
   int slice;
   const int split = a.slices(blockIdx.x, slice), first_channel = slice * a.planes, planes = min(a.planes, a.C - first_channel);
-  const float plane_initial = !General && !Gradient && bias && plane < planes ? widen(bias[first_channel + plane]) : 0;
+  const float plane_initial = !Dilated && !Gradient && bias && plane < planes ? widen(bias[first_channel + plane]) : 0;
 
   const auto load_chunk = [&](int turn) {
     const int index = split + turn * a.splits, slot = turn % bulk_slots;
@@ -1758,7 +1762,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     const int row = band * a.band_rows, end = min(row + a.band_rows, a.out_rows);
     // From what row on tap 0 reaches, and up to where the last tap does, in rows of in.
     const auto reach = [&](int row) { return !Strided ? row + a.row_shift : Gradient ? a.step.steps(row + a.row_shift) : row * int(a.step.divisor) + a.row_shift; };
-    const auto limit = [&](int end) { return Strided && Gradient ? a.step.over(end - 1 + a.row_shift + K - 1) + 1 : reach(end - 1) + (General ? (K - 1) * int(a.step.divisor) + 1 : K); };
+    const auto limit = [&](int end) { return Strided && Gradient ? a.step.over(end - 1 + a.row_shift + K - 1) + 1 : reach(end - 1) + (Dilated ? (K - 1) * int(a.step.divisor) + 1 : K); };
     const int in_first = reach(row), in_begin = max(in_first, 0), in_end = max(min(limit(end), a.in_rows), in_begin);
     const int64_t in_at = first_plane * a.in_plane + int64_t(in_begin) * a.in_width;
     Chunk k;
@@ -1775,7 +1779,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     arrive(barriers + slot);
   };
 
-  for (int i = threadIdx.x; i < (General ? planes * int(a.channels.divisor) : planes) * K; i += bulk_threads) taps[i] = weight ? widen(weight[int64_t(first_channel) * K + (a.reversed ? i / K * K + K - 1 - i % K : i)]) : 0;
+  for (int i = threadIdx.x; i < (Dilated ? planes * int(a.channels.divisor) : planes) * K; i += bulk_threads) taps[i] = weight ? widen(weight[int64_t(first_channel) * K + (a.reversed ? i / K * K + K - 1 - i % K : i)]) : 0;
   constexpr int in_registers = Strided ? 0 : M;  // weight gradients
   if (Gradient)
     for (int i = in_registers; i < K; ++i) sums[(i - in_registers) * bulk_threads] = 0;
@@ -1792,7 +1796,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     if (turn < 0) {
       __syncthreads();
 #pragma unroll 1
-      for (int i = 0; i < (General ? 0 : K); ++i) taps_sum += taps[plane * K + i];
+      for (int i = 0; i < (Dilated ? 0 : K); ++i) taps_sum += taps[plane * K + i];
       continue;
     }
     const int slot = turn % bulk_slots;
@@ -1805,13 +1809,13 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     for (int item = plane < planes ? lane : a.items; item < a.items; item += tx) {
       int w = item, group = 0, residue = 0, tap = 0, tap_count = K, channel = plane;
       group = a.columns(item, w);
-      if (General || (Strided && Gradient)) group = a.step(group, residue);
-      if (General) a.channels(w, channel), channel += plane * int(a.channels.divisor);
-      const float initial = General ? bias ? widen(bias[first_channel + channel]) : 0 : plane_initial;
+      if (Dilated || (Strided && Gradient)) group = a.step(group, residue);
+      if (Dilated) a.channels(w, channel), channel += plane * int(a.channels.divisor);
+      const float initial = Dilated ? bias ? widen(bias[first_channel + channel]) : 0 : plane_initial;
       const float* const own_taps = taps + channel * K;
-      const int stride = Strided ? int(a.step.divisor) : 1, dilation = General ? int(a.step.divisor) : 1, in_step = General ? dilation : Gradient ? 1 : stride, out_step = General ? dilation : Gradient ? stride : 1;
-      const int row = group * R * out_step + residue, rows_here = General || (Strided && Gradient) ? a.step.steps(out_rows - row) : out_rows - row;
-      int first_row = (General ? row : row * in_step) - in_row, in_w = w + a.column_shift;  // of in, for tap 0
+      const int stride = Strided ? int(a.step.divisor) : 1, dilation = Dilated ? int(a.step.divisor) : 1, in_step = Dilated ? dilation : Gradient ? 1 : stride, out_step = Dilated ? dilation : Gradient ? stride : 1;
+      const int row = group * R * out_step + residue, rows_here = Dilated || (Strided && Gradient) ? a.step.steps(out_rows - row) : out_rows - row;
+      int first_row = (Dilated ? row : row * in_step) - in_row, in_w = w + a.column_shift;  // of in, for tap 0
       if (Strided && !Gradient) in_w = w * a.stride_w + a.column_shift;
       if (Strided && Gradient) {  // only every stride-th tap reaches
         in_w = w, w = w * a.stride_w - a.column_shift;
@@ -1849,7 +1853,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
         const auto take = [&]<bool all>(int first, int row, int count, const T* from) {
           uint32_t valid = ~0u;
           if (!inside) {
-            constexpr bool apart = General || (Strided && !Gradient);
+            constexpr bool apart = Dilated || (Strided && !Gradient);
             const int begin = apart ? a.step.steps(-row) : -row, end = apart ? a.step.steps(in_rows - row) : in_rows - row;
             valid = reached ? bits(begin, min(end, R + (all ? M : count) - 1)) : 0;
           }
@@ -1896,7 +1900,7 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
             m + M <= count ? take.template operator()<true>(first, row, M, from) : take.template operator()<false>(first, row, count - m, from);
           }
         }
-        if (General && !inside) {
+        if (Dilated && !inside) {
           taps_sum = 0;
 #pragma unroll 1
           for (int i = 0; i < K; ++i) taps_sum += own_taps[i];
@@ -2215,7 +2219,7 @@ Plan<Walk> walk_plan(const Call&, const void* kernel, int V, int R, int M);
 Plan<March> march_plan(const Call&, int V, int M);
 Plan<Low> low_plan(const Call&, int V, int R, int M);
 Plan<Toeplitz> toeplitz_plan(const Call&);
-Plan<Bulk> bulk_plan(const Call&, int R, int M, bool strided, bool general);
+Plan<Bulk> bulk_plan(const Call&, int R, int M, Form);
 Plan<Planes> planes_plan(const Call&, int R, int M, bool gaps);
 Plan<Direct> direct_plan(const Call&, int V);
 }  // namespace gpu
@@ -2511,9 +2515,9 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   return plan;
 }
 
-Plan<Bulk> bulk_plan(const Call& c, int R, int M, bool strided, bool general) {
+Plan<Bulk> bulk_plan(const Call& c, int R, int M, Form form) {
   const Problem& p = c.p;
-  const bool gradient = c.transposed;
+  const bool gradient = c.transposed, strided = form == Form::strided;
   const int size = size_of(p.type), modulus = bulk_modulus(size);
   Plan<Bulk> plan{{make_pass(c)}};
   Bulk& a = plan.a;
@@ -2522,7 +2526,7 @@ Plan<Bulk> bulk_plan(const Call& c, int R, int M, bool strided, bool general) {
   plan.applies = device.capability >= 9 && p.K <= 64 && p.padding_h <= halo && channels * p.K <= 2048 && all_below(1 << 28, a.in_plane, a.out_plane, p.N * p.C, p.H + 2 * p.padding_h) &&
                  (!c.x || !c.out || (reinterpret_cast<uintptr_t>(c.x) - reinterpret_cast<uintptr_t>(c.out)) % 16 == 0);
   if (!plan.applies) return plan;
-  a.step = general ? p.dilation : p.stride_h, a.stride_w = p.stride_w, a.channels = channels;
+  a.step = form == Form::dilated ? p.dilation : p.stride_h, a.stride_w = p.stride_w, a.channels = channels;
   if (p.channels_last) a.C = 1, a.in_width = a.in_columns, a.out_width = a.out_columns, a.column_shift *= p.C;
   a.in_numbers = p.N * a.C * a.in_plane, a.out_numbers = p.N * a.C * a.out_plane;
   const auto bytes = [=](int64_t numbers) { return round_up(numbers * size, modulus) + modulus; };
@@ -2531,7 +2535,7 @@ Plan<Bulk> bulk_plan(const Call& c, int R, int M, bool strided, bool general) {
   // As many rows or planes as leave room for the blocks that registers have room for; planes up to 20 KB, by measurement.
   const int64_t sums = gradient ? sizeof(float) * bulk_threads * larger(p.K - (strided ? 0 : M), 0) : 0;  // of taps beyond registers
   const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(gradient) - 2048 - sums) / bulk_slots;
-  const int64_t out_step = general ? p.dilation : gradient ? p.stride_h : 1;
+  const int64_t out_step = form == Form::dilated ? p.dilation : gradient ? p.stride_h : 1;
   int64_t band_rows = a.out_rows, planes = 1;
   for (int64_t bands = 2; slot_bytes(1, band_rows) > room && band_rows > R * out_step; ++bands) band_rows = round_up(ceil_div(a.out_rows, bands), R * out_step);
   const int64_t columns = strided && gradient ? larger(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : a.out_width;
@@ -2738,23 +2742,23 @@ template <class T> Outcome launch_toeplitz_last(const Call& c) {
   return run<T>(c.grad_weight || c.grad_bias ? toeplitz_last<T, true> : toeplitz_last<T, false>, plan, c, make_room(plan.sums, c));
 }
 
-template <class T, int R, int M, bool Gradient, bool Strided, bool General = false> Outcome bulk_by(const Call& c) {
-  const Plan<Bulk> plan = bulk_plan(c, R, M, Strided, General);
+template <class T, int R, int M, bool Gradient, Form form> Outcome bulk_by(const Call& c) {
+  const Plan<Bulk> plan = bulk_plan(c, R, M, form);
   if (!plan.applies) return {};
-  return run<T>(bulk<T, R, M, Gradient, Strided, General>, plan, c, make_room(plan.sums, c));
+  return run<T>(bulk<T, R, M, Gradient, form>, plan, c, make_room(plan.sums, c));
 }
 
 template <class T> Outcome launch_bulk(const Call& c) {
   const Problem& p = c.p;
-  const auto by = [&]<int R, int M, bool Strided> { return (c.transposed ? bulk_by<T, R, M, true, Strided> : bulk_by<T, R, M, false, Strided>)(c); };
-  if (p.dilation > 1 || p.channels_last) return !dense(p) || c.transposed ? Outcome() : p.K <= 3 ? bulk_by<T, 8, 3, false, false, true>(c) : bulk_by<T, 8, 7, false, false, true>(c);
+  const auto by = [&]<int M, Form form> { return (c.transposed ? bulk_by<T, 8, M, true, form> : bulk_by<T, 8, M, false, form>)(c); };
+  if (p.dilation > 1 || p.channels_last) return !dense(p) || c.transposed ? Outcome() : (p.K <= 3 ? bulk_by<T, 8, 3, false, Form::dilated> : bulk_by<T, 8, 7, false, Form::dilated>)(c);
   if (!dense(p)) {
     if (alignment(c) >= 16 || p.K > 16 || p.stride_h > p.K || p.stride_w > 4) return {};
-    if constexpr (sizeof(T) == 4) return c.transposed ? bulk_by<T, 8, 2, true, true>(c) : Outcome();
-    else return by.template operator()<8, 2, true>();
+    if constexpr (sizeof(T) == 4) return c.transposed ? bulk_by<T, 8, 2, true, Form::strided>(c) : Outcome();
+    else return by.template operator()<2, Form::strided>();
   }
-  if (p.K <= 3) return by.template operator()<8, 3, false>();
-  return round_up(p.K, 5) < round_up(p.K, 7) ? by.template operator()<8, 5, false>() : by.template operator()<8, 7, false>();
+  if (p.K <= 3) return by.template operator()<3, Form::plain>();
+  return round_up(p.K, 5) < round_up(p.K, 7) ? by.template operator()<5, Form::plain>() : by.template operator()<7, Form::plain>();
 }
 
 template <class T, int R, int M, bool Gaps, bool Gradient> Outcome planes_by(const Call& c) {
@@ -2897,7 +2901,6 @@ Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
 Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1>(c); }
 // ---- end of a part ----
 Outcome bulk_f16(const Call& c) { return launch_bulk<f16>(c); }
-Outcome direct_bf16(const Call& c) { return launch_direct<bf16>(c); }
 Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
 // ---- end of a part ----
 Outcome bulk_bf16(const Call& c) { return launch_bulk<bf16>(c); }
@@ -2906,6 +2909,7 @@ Outcome march_bf16(const Call& c) { return launch_march<bf16>(c); }
 Outcome low_f32(const Call& c) { return launch_low<float>(c); }
 Outcome slide_f32(const Call& c) { return launch_slide<float>(c); }
 // ---- end of a part ----
+Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4>(c); }
 Outcome low_f16(const Call& c) { return launch_low<f16>(c); }
 Outcome slide_f16(const Call& c) { return launch_slide<f16>(c); }
 Outcome walk_3_f16(const Call& c) { return launch_walk_3<f16>(c); }
@@ -2939,4 +2943,4 @@ Outcome planes_f32(const Call& c) { return launch_planes<float>(c); }
 Outcome planes_f16(const Call& c) { return launch_planes<f16>(c); }
 // ---- end of a part ----
 Outcome planes_bf16(const Call& c) { return launch_planes<bf16>(c); }
-Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4>(c); }
+Outcome direct_bf16(const Call& c) { return launch_direct<bf16>(c); }
