@@ -1668,16 +1668,16 @@ inline __device__ void show_to_copy_engine() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-constexpr int bulk_threads = 256, bulk_slots = 2;
+constexpr int bulk_threads = 256, bulk_slots = 2, bulk_rows = 8;
 // Of addresses in shared and global memory, which are congruent. (128 saves requests to L2; for float it is slower, by measurement.)
 __host__ __device__ constexpr int bulk_modulus(int size) { return size == 2 ? 128 : 16; }
 template <class T> __device__ int skipped(const T* at) { return int(reinterpret_cast<uintptr_t>(at) % bulk_modulus(sizeof(T)) / sizeof(T)); }  // numbers before it
 // Blocks of a multiprocessor, by registers: from compute capability 10.0 on, one more would spill.
-constexpr int bulk_blocks(bool gradient) {
+constexpr int bulk_blocks(bool gradient, int V) {
 #if __CUDA_ARCH__ >= 1000
   return gradient ? 2 : 3;
 #else
-  return gradient ? 3 : 4;
+  return gradient || V > 1 ? 3 : 4;
 #endif
 }
 
@@ -1698,8 +1698,9 @@ struct Bulk : Pass {
   int64_t in_numbers, out_numbers;       // of all planes
   int planes, log2_tx;                   // of a chunk, more than one if it holds them whole; threads for each
   int band_rows, chunks, splits;         // rows of out in a chunk; chunks of a slice, dealt to `splits` blocks
-  Divisor slices, bands, columns;        // slices: of `planes` channels; bands of a plane; columns of out
-  int items;                             // groups of R rows of a column, of a plane in a chunk
+  Divisor slices, bands, columns;        // slices: of `planes` channels; bands of a plane; columns, V as one, of those that tap 0 meets
+  int first_column, column_end;          // forward: of these in out
+  int items;                             // groups of R rows of such columns, of a plane in a chunk
   Divisor step;                          // stride_h, or dilation
   Divisor channels;                      // in a plane: C if channels_last, else 1
   int stride_w;
@@ -1731,18 +1732,20 @@ template <class T> __device__ void store_numbers(T* to, const T* from, int skipp
 // is copied to and from shared memory 16 bytes at a time whatever the rows' width. Forward: out is y, in is x. Transposed (input gradient): out is
 // grad_input, in is grad_output, taps are reversed. Reads in (and x if Gradient) once but for rows that two bands share, writes out once, and a
 // block's sums of x * grad_output for each tap and of grad_output (`partial`).
-// While a block works on a chunk, the next is under way. A thread makes R rows of a column of its plane at once, by M taps at a time.
-// Strided: which rows and taps meet is as in `walk`; transposed, a thread also writes the zeros of the columns up to the next that in reaches.
+// While a block works on a chunk, the next is under way. A thread makes R rows of V columns of its plane at once, by M taps at a time.
+// Columns that lie beyond x are done apart. Strided: which rows and taps meet is as in `walk`; transposed, a thread also writes the zeros of the
+// columns up to the next that in reaches.
 // Rows beyond the plane are multiplied as zeros, for to leave them out costs more than the products; where an infinity or NaN may make that wrong,
 // sums are made anew from the definition.
-// Registers: R sums, R + M - 1 rows of in, R of x, M weight gradients. Shared memory: the taps, weight gradients beyond M, and slots of a
+// Registers: R x V sums, R + M - 1 rows of in, R of x, M weight gradients. Shared memory: the taps, weight gradients beyond M, and slots of a
 // stretch of in and one of out, where x lies before.
-template <class T, int R, int M, bool Gradient, Form form>
-__global__ void __launch_bounds__(bulk_threads, bulk_blocks(Gradient))
+template <class T, int V, int M, bool Gradient, Form form>
+__global__ void __launch_bounds__(bulk_threads, bulk_blocks(Gradient, V))
 bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
      T* __restrict__ out, float* __restrict__ partial) {
 #if __CUDA_ARCH__ >= 900
   constexpr bool Strided = form == Form::strided, Dilated = form == Form::dilated;
+  constexpr int R = bulk_rows;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint64_t barriers[bulk_slots];
   __shared__ Chunk described[bulk_slots];
@@ -1808,15 +1811,16 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
 #pragma unroll 1
     for (int item = plane < planes ? lane : a.items; item < a.items; item += tx) {
       int w = item, group = 0, residue = 0, tap = 0, tap_count = K, channel = plane;
-      group = a.columns(item, w);
+      group = a.columns(item, w), w *= V;
       if (Dilated || (Strided && Gradient)) group = a.step(group, residue);
       if (Dilated) a.channels(w, channel), channel += plane * int(a.channels.divisor);
       const float initial = Dilated ? bias ? widen(bias[first_channel + channel]) : 0 : plane_initial;
       const float* const own_taps = taps + channel * K;
       const int stride = Strided ? int(a.step.divisor) : 1, dilation = Dilated ? int(a.step.divisor) : 1, in_step = Dilated ? dilation : Gradient ? 1 : stride, out_step = Dilated ? dilation : Gradient ? stride : 1;
       const int row = group * R * out_step + residue, rows_here = Dilated || (Strided && Gradient) ? a.step.steps(out_rows - row) : out_rows - row;
-      int first_row = (Dilated ? row : row * in_step) - in_row, in_w = w + a.column_shift;  // of in, for tap 0
-      if (Strided && !Gradient) in_w = w * a.stride_w + a.column_shift;
+      if (!Gradient) w += a.first_column;
+      int first_row = (Dilated ? row : row * in_step) - in_row, in_w = (Strided && !Gradient ? w * a.stride_w : w) + a.column_shift;  // of in, for tap 0
+      const bool whole = V == 1 || w + 1 < a.column_end;  // else the last column is alone
       if (Strided && Gradient) {  // only every stride-th tap reaches
         in_w = w, w = w * a.stride_w - a.column_shift;
         const int i = a.step(row + a.row_shift + K - 1, tap);
@@ -1824,23 +1828,24 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
         first_row = i - (tap_count - 1) - in_row;
       }
       const int rows_left = Strided && Gradient && (w < 0 || w >= W_out) ? 0 : rows_here;
-      const bool reached = in_w >= 0 && in_w < W;
+      const bool reached = !Strided || !Gradient || (in_w >= 0 && in_w < W);
+      const int in_next = Strided && !Gradient ? a.stride_w : 1;  // column of in
       const T* const first_from = in_slot + (plane * int(a.in_plane) + first_row * W + in_w);
       T* const to = out_slot + (plane * int(a.out_plane) + row * W_out + w);
       const int in_pitch = W * in_step, out_pitch = W_out * out_step;
-      float acc[R], own[R], rows[R + M - 1];
+      float acc[R][V], own[R], rows[R + M - 1][V];
 #pragma unroll
-      for (int r = 0; r < R; ++r) acc[r] = initial;
+      for (int i = 0; i < R * V; ++i) acc[i / V][i % V] = initial;
       const auto define = [&] {
 #pragma unroll 1
-        for (int r = 0; r < min(R, rows_left); ++r) {
+        for (int i = 0; i < min(R, rows_left) * V; ++i) {
           float sum = initial;
 #pragma unroll 1
           for (int k = 0; k < tap_count; ++k) {
-            const int i = first_row + r * in_step + k * dilation;
-            if (reached && i >= 0 && i < in_rows) sum += own_taps[tap + (Gradient ? k * stride : k)] * widen(first_from[(r * in_step + k * dilation) * W]);
+            const int at = i / V * in_step + k * dilation;
+            if (reached && first_row + at >= 0 && first_row + at < in_rows) sum += own_taps[tap + (Gradient ? k * stride : k)] * widen(first_from[at * W + i % V * in_next]);
           }
-          to[r * out_pitch] = narrow<T>(sum);
+          if (i % V == 0 || whole) to[i / V * out_pitch + i % V] = narrow<T>(sum);
         }
       };
       const auto make = [&]<bool inside> {  // inside: all rows lie in the plane
@@ -1860,7 +1865,9 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
           const T* at = from;
 #pragma unroll
           for (int t = 0; t < R + M - 1; ++t, at += in_pitch)
-            if (all || t < R || t < R + count - 1) rows[t] = inside || valid >> t & 1 ? widen(*at) : 0;
+#pragma unroll
+            for (int v = 0; v < V; ++v)
+              if (all || t < R || t < R + count - 1) rows[t][v] = inside || valid >> t & 1 ? widen(at[v * in_next]) : 0;
           float dot[M] = {}, sum = 0;
 #pragma unroll
           for (int m = 0; m < M; ++m) {
@@ -1868,8 +1875,9 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
             const float tap = own_taps[first + m * stride];
 #pragma unroll
             for (int r = 0; r < R; ++r) {
-              acc[r] += tap * rows[r + m];
-              if (Gradient) dot[m] += own[r] * rows[r + m];
+#pragma unroll
+              for (int v = 0; v < V; ++v) acc[r][v] += tap * rows[r + m][v];
+              if (Gradient) dot[m] += own[r] * rows[r + m][0];
             }
             sum += dot[m];
           }
@@ -1907,8 +1915,12 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
         }
         if (out && (inside || finite(taps_sum))) {
 #pragma unroll
-          for (int r = 0; r < R; ++r)
-            if (inside || mine >> r & 1) to[r * out_pitch] = narrow<T>(acc[r]);
+          for (int r = 0; r < R; ++r) {
+            const Packed<T, V> numbers = pack<T, V>(acc[r]);
+#pragma unroll
+            for (int v = 0; v < V; ++v)
+              if ((inside || mine >> r & 1) && (v == 0 || whole)) to[r * out_pitch + v] = numbers.at[v];
+          }
         } else if (out) define();
         if (Strided && Gradient && out) {  // columns that none of in reaches
 #pragma unroll 1
@@ -1921,6 +1933,17 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
       };
       if (reached && first_row >= 0 && first_row + (R - 1) * in_step + (tap_count - 1) * dilation < in_rows && rows_left >= R) make.template operator()<true>();
       else make.template operator()<false>();
+    }
+    if (!Gradient && plane < planes && W_out > a.column_end - a.first_column) {  // the columns beyond x
+      const int between = a.column_end - a.first_column;
+#pragma unroll 1
+      for (int row = lane; row < out_rows; row += tx)
+#pragma unroll 1
+        for (int i = 0; i < W_out - between; ++i) {
+          int w = i < a.first_column ? i : between + i, channel = 0;
+          if (Dilated) a.channels(w, channel), channel += plane * int(a.channels.divisor);
+          out_slot[plane * int(a.out_plane) + row * W_out + w] = narrow<T>(Dilated ? bias ? widen(bias[first_channel + channel]) : 0 : plane_initial);
+        }
     }
     if (Gradient && a.has_bias_sum && plane < planes)
       for (int i = lane; i < k.bias_rows * W; i += tx) bias_sum += widen(in_slot[plane * int(a.in_plane) + k.bias_row * W + i]);
@@ -2219,7 +2242,7 @@ Plan<Walk> walk_plan(const Call&, const void* kernel, int V, int R, int M);
 Plan<March> march_plan(const Call&, int V, int M);
 Plan<Low> low_plan(const Call&, int V, int R, int M);
 Plan<Toeplitz> toeplitz_plan(const Call&);
-Plan<Bulk> bulk_plan(const Call&, int R, int M, Form);
+Plan<Bulk> bulk_plan(const Call&, int V, int M, Form);
 Plan<Planes> planes_plan(const Call&, int R, int M, bool gaps);
 Plan<Direct> direct_plan(const Call&, int V);
 }  // namespace gpu
@@ -2515,10 +2538,10 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   return plan;
 }
 
-Plan<Bulk> bulk_plan(const Call& c, int R, int M, Form form) {
+Plan<Bulk> bulk_plan(const Call& c, int V, int M, Form form) {
   const Problem& p = c.p;
   const bool gradient = c.transposed, strided = form == Form::strided;
-  const int size = size_of(p.type), modulus = bulk_modulus(size);
+  const int size = size_of(p.type), modulus = bulk_modulus(size), R = bulk_rows, most_blocks = bulk_blocks(gradient, V);
   Plan<Bulk> plan{{make_pass(c)}};
   Bulk& a = plan.a;
   const Device& device = current_device();
@@ -2534,12 +2557,13 @@ Plan<Bulk> bulk_plan(const Call& c, int R, int M, Form form) {
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
   // As many rows or planes as leave room for the blocks that registers have room for; planes up to 20 KB, by measurement.
   const int64_t sums = gradient ? sizeof(float) * bulk_threads * larger(p.K - (strided ? 0 : M), 0) : 0;  // of taps beyond registers
-  const int64_t room = (device.shared_per_multiprocessor / bulk_blocks(gradient) - 2048 - sums) / bulk_slots;
+  const int64_t room = (device.shared_per_multiprocessor / most_blocks - 2048 - sums) / bulk_slots;
   const int64_t out_step = form == Form::dilated ? p.dilation : gradient ? p.stride_h : 1;
   int64_t band_rows = a.out_rows, planes = 1;
   for (int64_t bands = 2; slot_bytes(1, band_rows) > room && band_rows > R * out_step; ++bands) band_rows = round_up(ceil_div(a.out_rows, bands), R * out_step);
-  const int64_t columns = strided && gradient ? larger(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : a.out_width;
-  a.columns = columns, a.items = ceil_div(band_rows, R * out_step) * out_step * columns;
+  if (!gradient) a.first_column = smaller(ceil_div(-a.column_shift, p.stride_w), a.out_width), a.column_end = smaller(ceil_div(a.in_width - a.column_shift, p.stride_w), a.out_width);
+  const int64_t columns = !gradient ? ceil_div(a.column_end - a.first_column, V) : strided ? larger(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : a.out_width;
+  a.columns = larger(columns, 1), a.items = ceil_div(band_rows, R * out_step) * out_step * columns;
   if (band_rows >= a.out_rows)
     while (2 * planes <= smaller(a.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= smaller(room, 20 << 10)) planes *= 2;
   band_rows = smaller(band_rows, a.out_rows);
@@ -2550,7 +2574,7 @@ Plan<Bulk> bulk_plan(const Call& c, int R, int M, Form form) {
   a.slots_at = a.sums_at + sums;
   a.out_at = in_bytes(planes, band_rows), a.slot_bytes = slot_bytes(planes, band_rows);
   plan.shared = a.slots_at + larger(bulk_slots * a.slot_bytes, gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
-  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), bulk_blocks(gradient));
+  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), most_blocks);
   if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
   // As in `walk`, short blocks where there are many chunks.
   const int brief = !gradient ? 4 : strided ? 6 : 5;  // chunks
@@ -2742,19 +2766,21 @@ template <class T> Outcome launch_toeplitz_last(const Call& c) {
   return run<T>(c.grad_weight || c.grad_bias ? toeplitz_last<T, true> : toeplitz_last<T, false>, plan, c, make_room(plan.sums, c));
 }
 
-template <class T, int R, int M, bool Gradient, Form form> Outcome bulk_by(const Call& c) {
-  const Plan<Bulk> plan = bulk_plan(c, R, M, form);
+template <class T, int V, int M, bool Gradient, Form form> Outcome bulk_by(const Call& c) {
+  const Plan<Bulk> plan = bulk_plan(c, V, M, form);
   if (!plan.applies) return {};
-  return run<T>(bulk<T, R, M, Gradient, form>, plan, c, make_room(plan.sums, c));
+  return run<T>(bulk<T, V, M, Gradient, form>, plan, c, make_room(plan.sums, c));
 }
 
 template <class T> Outcome launch_bulk(const Call& c) {
   const Problem& p = c.p;
-  const auto by = [&]<int M, Form form> { return (c.transposed ? bulk_by<T, 8, M, true, form> : bulk_by<T, 8, M, false, form>)(c); };
-  if (p.dilation > 1 || p.channels_last) return !dense(p) || c.transposed ? Outcome() : (p.K <= 3 ? bulk_by<T, 8, 3, false, Form::dilated> : bulk_by<T, 8, 7, false, Form::dilated>)(c);
+  constexpr int pair = sizeof(T) == 2 ? 2 : 1;  // of columns, if there are many: fewer instructions a number
+  const bool wide = p.W_out >= (dense(p) ? 96 : 48);
+  const auto by = [&]<int M, Form form> { return (c.transposed ? bulk_by<T, 1, M, true, form> : wide ? bulk_by<T, pair, M, false, form> : bulk_by<T, 1, M, false, form>)(c); };
+  if (p.dilation > 1 || p.channels_last) return !dense(p) || c.transposed ? Outcome() : (p.K <= 3 ? bulk_by<T, 1, 3, false, Form::dilated> : bulk_by<T, 1, 7, false, Form::dilated>)(c);
   if (!dense(p)) {
     if (alignment(c) >= 16 || p.K > 16 || p.stride_h > p.K || p.stride_w > 4) return {};
-    if constexpr (sizeof(T) == 4) return c.transposed ? bulk_by<T, 8, 2, true, Form::strided>(c) : Outcome();
+    if constexpr (sizeof(T) == 4) return c.transposed ? bulk_by<T, 1, 2, true, Form::strided>(c) : Outcome();
     else return by.template operator()<2, Form::strided>();
   }
   if (p.K <= 3) return by.template operator()<3, Form::plain>();
