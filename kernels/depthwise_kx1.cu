@@ -2885,7 +2885,7 @@ const char* add_up(const Call& c, const Sums& s, const void* partial) {
   return (type == Type::f64 ? reduce_by<double> : type == Type::f32 ? reduce_by<float> : type == Type::f16 ? reduce_by<f16> : reduce_by<bf16>)(c, s, partial);
 }
 
-// The choice of kernel: the first row that holds and whose kernel can. Fitted to the times of all kernels that can, on an H200, for 820 problems of networks and random ones.
+// The choice of kernel: the first row that holds and whose kernel can. Fitted to the times of all that can, on an H200, for 800 problems of networks and random ones.
 const char* launch(const Call& c) {
   const Problem& p = c.p;
   const int64_t K = p.K, rows = ceil_div(p.H, p.dilation), rows_made = ceil_div(c.transposed ? p.H : p.H_out, p.dilation);  // of a residue class modulo the dilation
@@ -2899,7 +2899,7 @@ const char* launch(const Call& c) {
       {f64 && !back && rows <= 6, direct_f64},
       {f64, walk_f64},
       {last && (back || K > 3), by_type(low_f32, low_f16, low_bf16)},
-      {p.H * p.W < 4096 && K <= (f32 || !tiles(.5) ? 21 : 11), by_type(planes_f32, planes_f16, planes_bf16)},
+      {(back || p.H > 1) && p.H * p.W < 4096 && (K <= (f32 || !tiles(.5) ? 21 : 11) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
       {!back && rows <= (dense(p) ? 6 : 20), direct},
       {!back && !dense(p) && (!last || (two_bytes && aligned)) && K <= (two_bytes && !last && p.W_out > 20 ? 1 : 3) * p.stride_h, direct},
       {!back && (K == 3 || (last && (K == 5 || (f32 && K == 7)))), by_type(slide_f32, slide_f16, slide_bf16)},
@@ -2927,13 +2927,12 @@ Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
 Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1>(c); }
 // ---- end of a part ----
 Outcome bulk_f16(const Call& c) { return launch_bulk<f16>(c); }
-Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
+Outcome low_f32(const Call& c) { return launch_low<float>(c); }
+Outcome slide_f32(const Call& c) { return launch_slide<float>(c); }
 // ---- end of a part ----
 Outcome bulk_bf16(const Call& c) { return launch_bulk<bf16>(c); }
 Outcome march_f16(const Call& c) { return launch_march<f16>(c); }
 Outcome march_bf16(const Call& c) { return launch_march<bf16>(c); }
-Outcome low_f32(const Call& c) { return launch_low<float>(c); }
-Outcome slide_f32(const Call& c) { return launch_slide<float>(c); }
 // ---- end of a part ----
 Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4>(c); }
 Outcome low_f16(const Call& c) { return launch_low<f16>(c); }
@@ -2967,6 +2966,7 @@ Outcome direct_f64(const Call& c) { return launch_direct<double>(c); }
 Outcome planes_f32(const Call& c) { return launch_planes<float>(c); }
 // ---- end of a part ----
 Outcome planes_f16(const Call& c) { return launch_planes<f16>(c); }
+Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
 // ---- end of a part ----
 Outcome planes_bf16(const Call& c) { return launch_planes<bf16>(c); }
 Outcome direct_bf16(const Call& c) { return launch_direct<bf16>(c); }
