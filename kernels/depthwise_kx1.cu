@@ -1699,7 +1699,7 @@ struct Bulk : Pass {
   int planes, log2_tx;                   // of a chunk, more than one if it holds them whole; threads for each
   int band_rows, chunks, splits;         // rows of out in a chunk; chunks of a slice, dealt to `splits` blocks
   Divisor slices, bands, columns;        // slices: of `planes` channels; bands of a plane; columns, V as one, of those that tap 0 meets
-  int first_column, column_end;          // forward: of these in out
+  int first_column, column_end;          // of these in out
   int items;                             // groups of R rows of such columns, of a plane in a chunk
   Divisor step;                          // stride_h, or dilation
   Divisor channels;                      // in a plane: C if channels_last, else 1
@@ -1788,6 +1788,9 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     for (int i = in_registers; i < K; ++i) sums[(i - in_registers) * bulk_threads] = 0;
   float dots[M] = {}, bias_sum = 0, taps_sum = 0;
   const auto finite = [](float sum) { return sum - sum == 0; };
+  // The channel, of the chunk's, of a column of out, and what an output of it holds before any tap.
+  const auto channel_of = [&](int w) { int channel = 0; if (Dilated) a.channels(w, channel); return Dilated ? channel + plane * int(a.channels.divisor) : plane; };
+  const auto initial_of = [&](int channel) { return !Dilated ? plane_initial : bias ? widen(bias[first_channel + channel]) : 0; };
   for (int turn = 1 - bulk_slots; split + turn * a.splits < a.chunks; ++turn) {
     if (leads) {
       if (turn < 0) {
@@ -1810,15 +1813,14 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
     const int in_rows = k.in_rows, out_rows = k.out_rows, in_row = k.in_row, W = k.in_width, W_out = k.out_width;
 #pragma unroll 1
     for (int item = plane < planes ? lane : a.items; item < a.items; item += tx) {
-      int w = item, group = 0, residue = 0, tap = 0, tap_count = K, channel = plane;
-      group = a.columns(item, w), w *= V;
+      int w, group = a.columns(item, w), residue = 0, tap = 0, tap_count = K;
+      w = w * V + a.first_column;
       if (Dilated || (Strided && Gradient)) group = a.step(group, residue);
-      if (Dilated) a.channels(w, channel), channel += plane * int(a.channels.divisor);
-      const float initial = Dilated ? bias ? widen(bias[first_channel + channel]) : 0 : plane_initial;
+      const int channel = channel_of(w);
+      const float initial = initial_of(channel);
       const float* const own_taps = taps + channel * K;
       const int stride = Strided ? int(a.step.divisor) : 1, dilation = Dilated ? int(a.step.divisor) : 1, in_step = Dilated ? dilation : Gradient ? 1 : stride, out_step = Dilated ? dilation : Gradient ? stride : 1;
       const int row = group * R * out_step + residue, rows_here = Dilated || (Strided && Gradient) ? a.step.steps(out_rows - row) : out_rows - row;
-      if (!Gradient) w += a.first_column;
       int first_row = (Dilated ? row : row * in_step) - in_row, in_w = (Strided && !Gradient ? w * a.stride_w : w) + a.column_shift;  // of in, for tap 0
       const bool whole = V == 1 || w + 1 < a.column_end;  // else the last column is alone
       if (Strided && Gradient) {  // only every stride-th tap reaches
@@ -1940,9 +1942,8 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
       for (int row = lane; row < out_rows; row += tx)
 #pragma unroll 1
         for (int i = 0; i < W_out - between; ++i) {
-          int w = i < a.first_column ? i : between + i, channel = 0;
-          if (Dilated) a.channels(w, channel), channel += plane * int(a.channels.divisor);
-          out_slot[plane * int(a.out_plane) + row * W_out + w] = narrow<T>(Dilated ? bias ? widen(bias[first_channel + channel]) : 0 : plane_initial);
+          const int w = i < a.first_column ? i : between + i;
+          out_slot[plane * int(a.out_plane) + row * W_out + w] = narrow<T>(initial_of(channel_of(w)));
         }
     }
     if (Gradient && a.has_bias_sum && plane < planes)
@@ -2561,8 +2562,9 @@ Plan<Bulk> bulk_plan(const Call& c, int V, int M, Form form) {
   const int64_t out_step = form == Form::dilated ? p.dilation : gradient ? p.stride_h : 1;
   int64_t band_rows = a.out_rows, planes = 1;
   for (int64_t bands = 2; slot_bytes(1, band_rows) > room && band_rows > R * out_step; ++bands) band_rows = round_up(ceil_div(a.out_rows, bands), R * out_step);
-  if (!gradient) a.first_column = smaller(ceil_div(-a.column_shift, p.stride_w), a.out_width), a.column_end = smaller(ceil_div(a.in_width - a.column_shift, p.stride_w), a.out_width);
-  const int64_t columns = !gradient ? ceil_div(a.column_end - a.first_column, V) : strided ? larger(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : a.out_width;
+  a.first_column = gradient ? 0 : smaller(ceil_div(-a.column_shift, p.stride_w), a.out_width);
+  a.column_end = gradient ? a.out_width : smaller(ceil_div(a.in_width - a.column_shift, p.stride_w), a.out_width);
+  const int64_t columns = gradient && strided ? larger(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : ceil_div(a.column_end - a.first_column, V);
   a.columns = larger(columns, 1), a.items = ceil_div(band_rows, R * out_step) * out_step * columns;
   if (band_rows >= a.out_rows)
     while (2 * planes <= smaller(a.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= smaller(room, 20 << 10)) planes *= 2;
