@@ -29,6 +29,13 @@ inline __device__ void store_16(void* to, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+// Lets `reduce` start as soon as all blocks have: it waits for their sums.
+inline __device__ void launch_reduce() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // 16-bit numbers are converted in pairs.
 struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };
@@ -481,9 +488,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
     return c;
   };
   const int64_t image_in = image * a.in_plane + in_column, image_out = image * a.out_plane + column;
-#if __CUDA_ARCH__ >= 900
-  if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
-#endif
+  if (Gradient) launch_reduce();
 
   const bool reversed = Gradient != up;  // Row m of the window, the latest M, meets tap m - (M - K), in reversed order if the march is transposed or upwards, but not if both.
   float taps[M][Vw], dots[M][Vw], window[M][V], initial[Vw], bias_sum[Vw];
@@ -641,9 +646,7 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
     const int n = a.width(column, w);
     return n * a.out_plane + (w * a.C + c);
   };
-#if __CUDA_ARCH__ >= 900
-  if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
-#endif
+  if (Gradient) launch_reduce();
   using Words = Packed<uint32_t, V * sizeof(T) / 4>;  // else the compiler would keep 16-bit numbers apart
   Words next_in[R] = {}, next_x[R] = {};
   const auto load_words = [](const T* at) { return load<V * sizeof(T) / 4>(reinterpret_cast<const uint32_t*>(at)); };
@@ -907,7 +910,7 @@ inline __device__ void copy_line(const Toeplitz& a, unsigned char* to, int pitch
       // what there is, in bytes from p
       const int first = whole ? lo * pitch - byte : row >= lo ? 0 : 16, last = whole ? hi * pitch - byte : row < hi ? 16 : 0;
       if (first >= 16 || last <= 0) *reinterpret_cast<uint4*>(q) = make_uint4(0, 0, 0, 0);
-      else if ((byte < 0 || first <= 0) && last >= 16 && p >= begin && p + 16 <= limit) copy_async(q, p, 16);
+      else if ((lo == 0 || first <= 0) && last >= 16 && p >= begin && p + 16 <= limit) copy_async(q, p, 16);
       else {
 #pragma unroll 1
         for (int b = 0; b < 16; b += 2) *reinterpret_cast<uint16_t*>(q + b) = b >= first && b < last && p + b >= begin && p + b < limit ? *reinterpret_cast<const uint16_t*>(p + b) : 0;
@@ -1108,9 +1111,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   const int early = Gradient ? lead : 0;  // steps before a unit's first one, whose pairs are under way before all else; forward, that is slower
 #pragma unroll 1
   for (int i = 0; i <= early; ++i) fetch_in(), fetch_x();
-#if __CUDA_ARCH__ >= 900
-  if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
-#endif
+  if (Gradient) launch_reduce();
   // Taps k and k + 1, k - 8 and k - 7 from k = -8 on: two such words, and those for k + 8, are a lane's of A_t.
   for (int i = threadIdx.x; i < 4 * tap_pairs(tiles); i += blockDim.x) {
     const int k = i / 4 - 8 + i % 2 - i / 2 % 2 * 8;
@@ -1469,9 +1470,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     }
     if (Gradient) await_copies<0>(), sync_block<Gradient>();
   };
-#if __CUDA_ARCH__ >= 900
-  if (Gradient) asm volatile("griddepcontrol.launch_dependents;");
-#endif
+  if (Gradient) launch_reduce();
   const int table = a.taps_offset + own_strip * a.line_bytes, taps = table + (8 + 2 * q - g) * 8, taps_after = taps + 64 + (2 * q < g ? 0 : 7 * 128);  // for tap k, k + 8
   Packed<T, 8> initial{};
   if (!Gradient && bias && own_channel < a.C) {
@@ -2335,7 +2334,7 @@ const char* allow(const void* kernel, size_t shared) {
   return error;
 }
 
-// Of `walk`, and with M = 0 of `slide`.
+// Of `walk`, and with M = 0 of `slide`, where each thread has a line.
 Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
   const Problem& p = c.p;
   const bool last = p.channels_last, gradient = c.transposed;
@@ -2359,12 +2358,12 @@ Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
   a.groups_per_residue = groups_per_residue, a.groups = groups, a.lines = lines;
 
   const int64_t most = current_device().shared_bytes;
-  while (a.log2_tx < ((V == 1 ? size > 2 : M == 0 && !gradient) ? 6 : 5) && (1 << a.log2_tx) < vectors) ++a.log2_tx;
-  const bool staged = last && c.weight;
+  while (a.log2_tx < ((V == 1 ? size > 2 : M == 0) ? 6 : 5) && (1 << a.log2_tx) < vectors) ++a.log2_tx;
+  const bool staged = last && c.weight && M;
   while (staged && a.log2_tx && (p.K * size * V << a.log2_tx) > most / 4) --a.log2_tx;
   const size_t weights = staged ? round_up(p.K * size * V << a.log2_tx, 16) : 0;
   const size_t sums = gradient ? larger(size, sizeof(float)) * (last ? V : 1) : 0;  // bytes for each thread and tap
-  plan.threads = last ? 256 : 128, a.dot_end = a.has_dots ? p.K : 0;
+  plan.threads = last && M ? 256 : 128, a.dot_end = a.has_dots ? p.K : 0;
   while (gradient && plan.threads > larger(32, 1 << a.log2_tx) && weights + sums * plan.threads * (a.dot_end + 1) > most / 3) plan.threads /= 2;
   if (gradient) a.dot_end = smaller(a.dot_end, (most - weights) / (sums * plan.threads) - 1);
   plan.shared = weights + sums * plan.threads * (a.dot_end + 1);
@@ -2373,9 +2372,9 @@ Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
   a.column_tiles = column_tiles, a.slices = slices;
   // The device starts blocks in the order of memory: of short ones, neighbours read the rows they share at the same time, and L2 has them.
   // But each reads its weights, if channels_last, and adds up its sums, if gradient.
-  if (!gradient && !last) {
-    a.splits = ceil_div(tiles, ceil_div(tiles * slices, 256 * current_device().multiprocessors));
-  } else {
+  if (M == 0) a.splits = tiles;
+  else if (!gradient && !last) a.splits = ceil_div(tiles, ceil_div(tiles * slices, 256 * current_device().multiprocessors));
+  else {
     int resident = 1;
     allow(kernel, plan.shared);
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.threads, plan.shared);
@@ -2462,7 +2461,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   const bool last = p.channels_last, gradient = a.has_dots || a.has_bias_sum, aligned = aligned_tiles(c);
   const int size = size_of(p.type), strip = last ? pixels : strip_bytes / size;
   // 32-bit indices of strips, columns and rows
-  plan.applies = device.capability >= 8 && dense(p) && (aligned || (!last && size == 2)) &&
+  plan.applies = device.capability >= 8 && dense(p) && p.K > 1 && (aligned || (!last && size == 2)) &&
                  all_below(1 << 28, p.C * p.N * ceil_div(p.W_out, strip), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation) && sees_grad_output(a);
   if (!plan.applies) return plan;
   a.in_row = a.in_columns * p.dilation, a.out_row = a.out_columns * p.dilation;
@@ -2679,10 +2678,8 @@ template <class T, int M, bool ChannelsLast> Outcome slide_by(const Call& c) {
   constexpr int V = 16 / sizeof(T), R = slide_rows(sizeof(T), M);
   const auto kernel = slide<T, V, R, M, ChannelsLast>;
   if (c.transposed || c.p.K != M || !dense(c.p) || alignment(c) < 16) return {};
-  Plan<Walk> plan = walk_plan(c, reinterpret_cast<const void*>(kernel), V, R, 0);
+  const Plan<Walk> plan = walk_plan(c, reinterpret_cast<const void*>(kernel), V, R, 0);
   if (!plan.applies || (ChannelsLast && !slide_singly(sizeof(T), M) && (c.p.C % V || reinterpret_cast<uintptr_t>(c.weight) % 16))) return {};
-  plan.a.splits = ceil_div(plan.a.lines, 128 >> plan.a.log2_tx), plan.blocks = plan.a.slices.divisor * plan.a.splits;  // a line for each thread
-  plan.threads = 128, plan.shared = 0;
   return run<T>(kernel, plan, c, nullptr);
 }
 
@@ -2696,17 +2693,14 @@ template <class T> Outcome launch_slide(const Call& c) {
 
 template <class T, int V> Outcome launch_walk(const Call& c) {
   if (alignment(c) < V * sizeof(T)) return {};
+  if constexpr (V > 1 && sizeof(T) == 2) {  // few taps: by vectors of 16 bytes
+    if (c.p.K <= 3 && c.p.channels_last && c.transposed && alignment(c) >= 16) return walk_by<T, 8, 3, true, true>(c);
+  }
   if constexpr (sizeof(T) < 8) {
     if (c.p.channels_last) return (c.transposed ? walk_by<T, V, 7, true, true> : walk_by<T, V, 7, true, false>)(c);
   }
   if constexpr (sizeof(T) > 2 || V == 1) return (c.transposed ? walk_by<T, V, 7, false, true> : walk_by<T, V, 7, false, false>)(c);
   return {};
-}
-
-// Of up to 3 taps, by vectors of 16 bytes.
-template <class T> Outcome launch_walk_3(const Call& c) {
-  if (alignment(c) < 16 || !c.p.channels_last || !c.transposed) return {};
-  return walk_by<T, 8, 3, true, true>(c);
 }
 
 template <class T, int M, bool ChannelsLast, bool Gradient, int V = march_vector(sizeof(T), M, ChannelsLast, Gradient)> Outcome march_by(const Call& c) {
@@ -2834,7 +2828,7 @@ template <class T> Outcome launch_direct(const Call& c) {
 // Launchers by type; walk_4: vectors of 4 numbers.
 using Attempt = Outcome(const Call&);
 Attempt direct_f64, direct_f32, direct_f16, direct_bf16, planes_f32, planes_f16, planes_bf16, slide_f32, slide_f16, slide_bf16, low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, march_last_f32, march_last_f16, march_last_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
-    walk_3_f16, walk_3_bf16, walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
+    walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
 // ---- end of what is compiled with each of the following parts, side by side ----
 
 namespace {
@@ -2914,7 +2908,6 @@ const char* launch(const Call& c) {
       {!last && (back || two_bytes || !aligned), bulk},
       {two_bytes && !back && (aligned || !last) && (K <= 5 || rows <= 16), direct},
       {last && c.grad_weight && K > 80, [](const Call&) { return Outcome(contiguous_is_faster); }},  // than to read all again for every few taps
-      {two_bytes && K <= 3, by_type(nullptr, walk_3_f16, walk_3_bf16)},
       {!(last && back && K > 29 && rows > 28), by_type(walk_4_f32, walk_4_f16, walk_4_bf16)},
       {true, by_type(walk_1_f32, walk_1_f16, walk_1_bf16)},
   };
@@ -2939,13 +2932,11 @@ Outcome march_bf16(const Call& c) { return launch_march<bf16>(c); }
 Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4>(c); }
 Outcome low_f16(const Call& c) { return launch_low<f16>(c); }
 Outcome slide_f16(const Call& c) { return launch_slide<f16>(c); }
-Outcome walk_3_f16(const Call& c) { return launch_walk_3<f16>(c); }
 Outcome walk_4_f16(const Call& c) { return launch_walk<f16, 4>(c); }
 Outcome walk_1_f16(const Call& c) { return launch_walk<f16, 1>(c); }
 // ---- end of a part ----
 Outcome low_bf16(const Call& c) { return launch_low<bf16>(c); }
 Outcome slide_bf16(const Call& c) { return launch_slide<bf16>(c); }
-Outcome walk_3_bf16(const Call& c) { return launch_walk_3<bf16>(c); }
 Outcome walk_4_bf16(const Call& c) { return launch_walk<bf16, 4>(c); }
 Outcome walk_1_bf16(const Call& c) { return launch_walk<bf16, 1>(c); }
 // ---- end of a part ----
