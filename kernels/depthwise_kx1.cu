@@ -2379,7 +2379,6 @@ Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
     allow(kernel, plan.shared);
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.threads, plan.shared);
     a.splits = deal(slices, tiles, resident, gradient ? 4 : 0);
-    if (gradient && !last) a.splits = smaller(a.splits * (p.K < 16 ? 64 / (p.K + 1) : 1), tiles);
   }
   plan.blocks = slices * a.splits;
   a.blocks = (last && p.C > V << a.log2_tx ? a.pixels : column_tiles) * a.splits;
@@ -2529,10 +2528,6 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
       if (cost < best) best = cost, a.bands = ceil_div(steps, band_steps), a.band_steps = band_steps, a.units = units, a.splits = ceil_div(units, each);
     }
   }
-  // With work enough, blocks of a single short band come closer to the order of memory and to the speed of a copy.
-  const int64_t even = a.tiles / 2 * 2, few = steps > even + 1 ? even : steps, bands = ceil_div(steps, few);
-  if (!gradient && aligned && !last && size == 2 && residues == 1 && a.tiles < 6 && a.out_rows >= step && a.sets * sides * bands >= 4 * blocks)
-    a.bands = bands, a.band_steps = few, a.units = a.splits = sides * bands;
   plan.blocks = int64_t(a.sets) * a.splits, plan.threads = 32 * at_once * line_strips * roles, plan.shared = shared(at_once);
   a.blocks = a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
@@ -2555,7 +2550,7 @@ Plan<Bulk> bulk_plan(const Call& c, int V, int M, Form form) {
   const auto bytes = [=](int64_t numbers) { return round_up(numbers * size, modulus) + modulus; };
   const auto in_bytes = [&](int64_t planes, int64_t rows) { return bytes((planes - 1) * a.in_plane + smaller(gradient ? ceil_div(rows + halo, p.stride_h) + (strided ? 1 : 0) : (rows - 1) * p.stride_h + halo + 1, a.in_rows) * a.in_width); };
   const auto slot_bytes = [&](int64_t planes, int64_t rows) { return in_bytes(planes, rows) + bytes((planes - 1) * a.out_plane + rows * a.out_width); };
-  // As many rows or planes as leave room for the blocks that registers have room for; planes up to 20 KB, by measurement.
+  // As many rows or planes as leave room for the blocks that registers have room for.
   const int64_t sums = gradient ? sizeof(float) * bulk_threads * larger(p.K - (strided ? 0 : M), 0) : 0;  // of taps beyond registers
   const int64_t room = (device.shared_per_multiprocessor / most_blocks - 2048 - sums) / bulk_slots;
   const int64_t out_step = form == Form::dilated ? p.dilation : gradient ? p.stride_h : 1;
@@ -2566,7 +2561,7 @@ Plan<Bulk> bulk_plan(const Call& c, int V, int M, Form form) {
   const int64_t columns = gradient && strided ? larger(p.W_out, ceil_div(p.W + p.padding_w, p.stride_w)) : ceil_div(a.column_end - a.first_column, V);
   a.columns = larger(columns, 1), a.items = ceil_div(band_rows, R * out_step) * out_step * columns;
   if (band_rows >= a.out_rows)
-    while (2 * planes <= smaller(a.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= smaller(room, 20 << 10)) planes *= 2;
+    while (2 * planes <= smaller(a.C, bulk_threads) && bulk_threads / planes > a.items && slot_bytes(2 * planes, band_rows) <= room) planes *= 2;
   band_rows = smaller(band_rows, a.out_rows);
   const int64_t bands = ceil_div(a.out_rows, band_rows), slices = ceil_div(a.C, planes);
   a.planes = planes, a.band_rows = band_rows, a.bands = bands, a.chunks = p.N * bands, a.slices = slices;
@@ -2615,8 +2610,7 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   a.slices = slices, a.out_at = out_at(a.planes) / size, a.slot_bytes = slot_bytes(a.planes), a.slots = smaller(planes_slots, room / a.slot_bytes);
   plan.threads = round_up(a.planes * threads, 32) + 32, plan.shared = larger(a.slots * a.slot_bytes, gradient ? sizeof(float) * (p.K + 1) * plan.threads : 0);
   const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 64), planes_blocks(gradient, M) * planes_threads / plan.threads);
-  // Short blocks where there are many chunks: their sums have few terms.
-  a.splits = a.blocks = p.N * slices > 64 * blocks * device.multiprocessors ? ceil_div(p.N, 8) : deal(slices, p.N, blocks, 2);
+  a.splits = a.blocks = deal(slices, p.N, blocks, 2);
   plan.blocks = slices * a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
 }
