@@ -2277,12 +2277,12 @@ const Device& current_device() {  // asked of the driver once: it takes microsec
 }
 
 // Blocks for each of `slices`, to which its `tiles` are dealt: so many that whole waves of blocks that run at once take the fewest
-// tiles one after the other; to begin and end a block takes as long as `extra` tiles.
-int deal(int64_t slices, int64_t tiles, int64_t blocks_per_multiprocessor, int64_t extra) {
+// tiles one after the other; to begin and end a block takes as long as two.
+int deal(int64_t slices, int64_t tiles, int64_t blocks_per_multiprocessor) {
   const int64_t at_once = larger(blocks_per_multiprocessor, 1) * current_device().multiprocessors;
   int best = 1;
   for (int64_t splits = 1, least = INT64_MAX; splits <= smaller(tiles, ceil_div(8 * at_once, slices)); ++splits) {
-    const int64_t cost = ceil_div(slices * splits, at_once) * (ceil_div(tiles, splits) + extra);
+    const int64_t cost = ceil_div(slices * splits, at_once) * (ceil_div(tiles, splits) + 2);
     if (cost < least) least = cost, best = splits;
   }
   return best;
@@ -2364,7 +2364,7 @@ Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
   const size_t weights = staged ? round_up(p.K * size * V << a.log2_tx, 16) : 0;
   const size_t sums = gradient ? larger(size, sizeof(float)) * (last ? V : 1) : 0;  // bytes for each thread and tap
   plan.threads = last && M ? 256 : 128, a.dot_end = a.has_dots ? p.K : 0;
-  while (gradient && plan.threads > larger(32, 1 << a.log2_tx) && weights + sums * plan.threads * (a.dot_end + 1) > most / 3) plan.threads /= 2;
+  while (gradient && plan.threads > larger(32, 1 << a.log2_tx) && weights + sums * plan.threads * (a.dot_end + 1) > most / 2) plan.threads /= 2;
   if (gradient) a.dot_end = smaller(a.dot_end, (most - weights) / (sums * plan.threads) - 1);
   plan.shared = weights + sums * plan.threads * (a.dot_end + 1);
 
@@ -2378,7 +2378,7 @@ Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
     int resident = 1;
     allow(kernel, plan.shared);
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.threads, plan.shared);
-    a.splits = deal(slices, tiles, resident, gradient ? 4 : 0);
+    a.splits = deal(slices, tiles, resident);
   }
   plan.blocks = slices * a.splits;
   a.blocks = (last && p.C > V << a.log2_tx ? a.pixels : column_tiles) * a.splits;
@@ -2443,7 +2443,7 @@ Plan<Low> low_plan(const Call& c, int V, int R, int M) {
                  alignment(c) >= V * size_of(p.type) && all_below(1 << 29, columns, p.W * p.C, p.C * p.K);
   if (!plan.applies) return plan;
   a.width = p.W, a.slices = slices, a.columns = columns;
-  a.splits = a.blocks = deal(slices, ceil_div(columns, warps), low_blocks(R, M, gradient), 2);
+  a.splits = a.blocks = deal(slices, ceil_div(columns, warps), low_blocks(R, M, gradient));
   plan.blocks = slices * a.splits, plan.threads = low_threads, plan.shared = gradient ? sizeof(float) * low_threads * V * (p.K + 1) : 0;
   plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
@@ -2523,8 +2523,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
     const int64_t band_steps = ceil_div(steps, bands), units = sides * residues * ceil_div(steps, band_steps);
     for (int64_t waves = least; waves <= 4 * least; ++waves) {
       const int64_t splits = larger(smaller(blocks * waves / a.sets, units), 1), each = ceil_div(units, splits);
-      const int64_t cost = ceil_div(a.sets * splits, blocks) * ((!aligned ? larger(4 * band_steps, ceil_div(4 * each * steps, ceil_div(steps, band_steps))) : 4 * each * band_steps) +
-                                                                each * (bands > 1 ? 2 : 1) * (a.tiles / 2) + 4);
+      const int64_t cost = ceil_div(a.sets * splits, blocks) * (each * (4 * band_steps + (bands > 1 ? 2 : 1) * (a.tiles / 2)) + 4);
       if (cost < best) best = cost, a.bands = ceil_div(steps, band_steps), a.band_steps = band_steps, a.units = units, a.splits = ceil_div(units, each);
     }
   }
@@ -2575,7 +2574,7 @@ Plan<Bulk> bulk_plan(const Call& c, int V, int M, Form form) {
   // As in `walk`, short blocks where there are many chunks.
   const int brief = !gradient ? 4 : strided ? 6 : 5;  // chunks
   const bool many = a.chunks * slices > brief * brief * blocks * device.multiprocessors && a.slot_bytes > 20 << 10;
-  a.splits = many ? ceil_div(a.chunks, brief) : deal(slices, a.chunks, blocks, 2);
+  a.splits = many ? ceil_div(a.chunks, brief) : deal(slices, a.chunks, blocks);
   plan.blocks = slices * a.splits, plan.threads = bulk_threads;
   a.blocks = a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks};
   return plan;
@@ -2610,7 +2609,7 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   a.slices = slices, a.out_at = out_at(a.planes) / size, a.slot_bytes = slot_bytes(a.planes), a.slots = smaller(planes_slots, room / a.slot_bytes);
   plan.threads = round_up(a.planes * threads, 32) + 32, plan.shared = larger(a.slots * a.slot_bytes, gradient ? sizeof(float) * (p.K + 1) * plan.threads : 0);
   const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 64), planes_blocks(gradient, M) * planes_threads / plan.threads);
-  a.splits = a.blocks = deal(slices, p.N, blocks, 2);
+  a.splits = a.blocks = deal(slices, p.N, blocks);
   plan.blocks = slices * a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
 }
