@@ -86,11 +86,12 @@ template <class T, int V> __device__ Packed<T, V> pack(const Sum<T> (&from)[V]) 
   return to;
 }
 
-// N vectors one `stride` apart; zeros for those whose bit is not set in `which`.
-template <int V, int N, class T> __device__ void fetch(Sum<T> (&to)[N][V], const T* from, uint32_t stride, uint32_t which) {
+// N vectors one `stride` apart; zeros for those whose bit is not set in `which`. Branch: a way of its own for all, which by
+// measurement costs `walk` more than it saves in contiguous layout forward.
+template <int V, int N, bool Branch, class T> __device__ void fetch(Sum<T> (&to)[N][V], const T* from, uint32_t stride, uint32_t which) {
   Packed<T, V> raw[N];
   uint32_t at = 0;
-  if (which == ~0u >> (32 - N)) {
+  if (Branch && which == ~0u >> (32 - N)) {
 #pragma unroll
     for (int n = 0; n < N; ++n, at += stride) raw[n] = load<V>(from + at);
   } else {
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
         for (int r = 0; r < R; ++r) acc[r][v] = b;
       }
     }
-    if (Gradient && dots) fetch<V, R>(own, x + out_at, out_stride, paired);
+    if (Gradient && dots) fetch<V, R, true>(own, x + out_at, out_stride, paired);
 
     for (int phase = 0; phase < (Gradient ? 1 : a.taps_step); ++phase) {
       int tap = phase, in_row = Gradient ? row + int(a.p.padding_h) : row * stride + tap * dilation - int(a.p.padding_h);
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
           const int j = Gradient ? M - 1 - m : m;
           wk[m] = !ChannelsLast && weight && j < taps ? widen(weight[int64_t(channel) * K + first + j * a.taps_step]) : Sum<T>(0);
         }
-        fetch<V, R + M - 1>(rows, plane_in + int64_t(in_row) * int(a.in_columns), in_stride, taps == M ? valid : valid & needed);
+        fetch<V, R + M - 1, Gradient || ChannelsLast>(rows, plane_in + int64_t(in_row) * int(a.in_columns), in_stride, taps == M ? valid : valid & needed);
         if (Gradient && a.has_bias_sum && first == 0) {  // a row of grad_output meets tap 0, here in row R + M - 1, just once
 #pragma unroll
           for (int v = 0; v < V; ++v)
@@ -2051,49 +2052,44 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
       const T* const from = in_slot + (Gaps && !reached ? -1 : plane * in_pitch + (Gaps ? row + a.row_shift : 0) * W + in_w);
       T* const to = out_slot + (plane * int(a.out_plane) + row * W_out + w);
       const int pitch = Gaps && !reached ? 0 : W, out_rows = a.out_rows - row, in_rows = reached ? a.in_rows : 0;
-      float chunk_sum = 0;
-      const auto make = [&]<bool full> {  // full: R rows
-        float acc[R], own[R], sum = 0;
-        const T* at = to;
+      float acc[R], own[R], sum = 0, chunk_sum = 0;
+      const T* at = to;
 #pragma unroll
-        for (int r = 0; r < R; ++r, at += W_out) {
-          acc[r] = initial;
-          if (Gradient) own[r] = a.has_dots && (full || r < out_rows) ? widen(*at) : 0;
+      for (int r = 0; r < R; ++r, at += W_out) {
+        acc[r] = initial;
+        if (Gradient) own[r] = a.has_dots && r < out_rows ? widen(*at) : 0;
+      }
+      at = from;
+#pragma unroll
+      for (int t = Gaps ? 0 : M / 2; t < R + (Gaps ? M - 1 : M / 2); ++t, at += pitch) {
+        const float number = Gaps || t - M / 2 < in_rows ? widen(*at) : 0;
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          const int r = t - m;
+          if (r < 0 || r >= R) continue;
+          acc[r] += taps[m] * number;
+          if (Gradient) dots[m] += own[r] * number;
         }
-        at = from;
+      }
 #pragma unroll
-        for (int t = Gaps ? 0 : M / 2; t < R + (Gaps ? M - 1 : M / 2); ++t, at += pitch) {
-          const float number = Gaps || full || t - M / 2 < in_rows ? widen(*at) : 0;
-#pragma unroll
-          for (int m = 0; m < M; ++m) {
-            const int r = t - m;
-            if (r < 0 || r >= R) continue;
-            acc[r] += taps[m] * number;
-            if (Gradient) dots[m] += own[r] * number;
-          }
-        }
-        if (!out) return;
-#pragma unroll
-        for (int r = 0; r < R; ++r) sum += acc[r];
-        if (sum - sum != 0) {
-#pragma unroll 1
-          for (int r = 0; r < min(R, out_rows); ++r) {
-            sum = initial;
-#pragma unroll 1
-            for (int k = 0; k < K; ++k) {
-              const int i = row + r + k + a.row_shift;
-              if (reached && i >= 0 && i < a.in_rows) sum += tap(k) * widen(in_slot[plane * in_pitch + i * W + in_w]);
-            }
-            to[r * W_out] = narrow<T>(sum);
-          }
-          return;
-        }
+      for (int r = 0; r < R; ++r) sum += acc[r];
+      if (out && sum - sum == 0) {
         T* put = to;
 #pragma unroll
         for (int r = 0; r < R; ++r, put += W_out)
-          if (full || r < out_rows) *put = narrow<T>(acc[r]);
-      };
-      out_rows >= R && (Gaps || in_rows >= R) ? make.template operator()<true>() : make.template operator()<false>();
+          if (r < out_rows) *put = narrow<T>(acc[r]);
+      } else if (out) {
+#pragma unroll 1
+        for (int r = 0; r < min(R, out_rows); ++r) {
+          sum = initial;
+#pragma unroll 1
+          for (int k = 0; k < K; ++k) {
+            const int i = row + r + k + a.row_shift;
+            if (reached && i >= 0 && i < a.in_rows) sum += tap(k) * widen(in_slot[plane * in_pitch + i * W + in_w]);
+          }
+          to[r * W_out] = narrow<T>(sum);
+        }
+      }
       if (Gradient && a.has_bias_sum)
         for (int i = thread; i < a.in_plane; i += a.threads.divisor) chunk_sum += widen(in_slot[plane * in_pitch + i]);
       bias_sum += chunk_sum;
