@@ -959,10 +959,10 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   p.K = clamp((p.H - 1 + p.padding_h) / p.dilation + 1, first_tap + 1, p.K) - first_tap, p.padding_h -= first_tap * p.dilation;
   if (j.weight) j.weight = (const char*)j.weight + first_tap * element;
   if (grad_weight && p.K < j.taps) std::memset(grad_weight, 0, p.C * j.taps * element);
+  if (p.channels_last && p.H == 1 && p.H_out == 1 && p.padding_w == 0 && p.W % p.stride_w == 0 && p.W * p.C * element < 64)  // images of one short row are one long row
+    p.W *= p.N, p.W_out *= p.N, p.N = p.stride_h = 1;
   if (p.channels_last && p.K == 1 && p.stride_h == 1 && p.padding_h == 0 && p.H == p.H_out)  // images under one another are one high image
     p.H *= p.N, p.H_out *= p.N, p.N = 1;
-  if (p.channels_last && p.H == 1 && p.H_out == 1 && p.padding_w == 0 && p.W % p.stride_w == 0)  // images of one row are one long row
-    p.W *= p.N, p.W_out *= p.N, p.N = p.stride_h = 1;
   const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), grain = 32768, budget = grain << p.channels_last, halo_all = (p.K - 1) * p.dilation;
   auto view = [&](int64_t rows, int64_t width, int64_t col, int64_t step) {
     return p.channels_last ? View{rows, width, col, step, p.C, width * p.C, 1} : View{rows, width, col, step, 1, width, rows * width};
@@ -1011,7 +1011,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.cut = j.band < j.vout.rows && j.band >= block ? block : 1, j.band -= j.band % j.cut;
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
   j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
-  j.together = j.bands * j.column_tiles > 1 || (j.windows && j.band > 8) ? 1 : clamp(budget / ((j.in_rows + j.band) * j.slots), 1, j.images);
+  j.together = j.bands * j.column_tiles > 1 ? 1 : clamp(budget / ((j.in_rows + j.band) * j.slots), 1, j.images);
   j.sets = ceil_div(j.images, j.together);
   // An output that no cache holds beside what it is made of is stored past them: pixels or rows of whole lines where they are made; others, whose lines
   // would come back from memory for their ends, from a buffer. Not fresh memory, which the system clears through the caches when it is first written.
