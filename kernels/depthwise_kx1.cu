@@ -2876,7 +2876,7 @@ const char* launch(const Call& c) {
   const int64_t K = p.K, rows = ceil_div(p.H, p.dilation), rows_made = ceil_div(c.transposed ? p.H : p.H_out, p.dilation);  // of a residue class modulo the dilation
   const bool f64 = p.type == Type::f64, f32 = p.type == Type::f32, two_bytes = !f64 && !f32, last = p.channels_last, back = c.transposed, aligned = alignment(c) >= 16;
   const int64_t strip = last ? pixels : strip_bytes / size_of(p.type);
-  const auto tiles = [&](double part) { return dense(p) && p.W * rows_made > part * (round_up(p.W, strip) * round_up(rows_made, step)); };  // of tensor cores are used so much
+  const auto tiles = [&](double part) { return dense(p) && p.W * rows_made > part * (round_up(p.W, strip) * round_up(rows_made, step)); };  // of the tensor cores' tiles, out fills more than that part
 
   const auto by_type = [&](Attempt* of_f32, Attempt* of_f16, Attempt* of_bf16) { return f32 ? of_f32 : p.type == Type::f16 ? of_f16 : of_bf16; };
   Attempt *const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16), *const direct = by_type(direct_f32, direct_f16, direct_bf16);
