@@ -675,10 +675,8 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     const int64_t L = std::lcm(c.S, c.D), jump = L / c.S;
     for (int64_t start = 0; start < std::min(jump, c.g_rows); start++) {
       int64_t m = start;
-      if constexpr (most >= 7) {
+      if constexpr (most >= 7)
         for (; m + 6 * jump < c.g_rows; m += 7 * jump) dots<7>(c, m, L);
-        for (; m + 3 * jump < c.g_rows; m += 4 * jump) dots<4>(c, m, L);
-      }
       for (; m + jump < c.g_rows; m += 2 * jump) dots<2>(c, m, L);
       for (; m < c.g_rows; m += jump) dots<1>(c, m, L);
     }
