@@ -29,6 +29,13 @@ inline __device__ void store_16(void* to, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+// From compute capability 10.0 on registers of some kernels have room for a block less.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int newer = 1;
+#else
+constexpr int newer = 0;
+#endif
+
 // Lets `reduce` start as soon as all blocks have: it waits for their sums.
 inline __device__ void launch_reduce() {
 #if __CUDA_ARCH__ >= 900
@@ -1672,14 +1679,7 @@ constexpr int bulk_threads = 256, bulk_slots = 2, bulk_rows = 8;
 // Of addresses in shared and global memory, which are congruent. (128 saves requests to L2; for float it is slower, by measurement.)
 __host__ __device__ constexpr int bulk_modulus(int size) { return size == 2 ? 128 : 16; }
 template <class T> __device__ int skipped(const T* at) { return int(reinterpret_cast<uintptr_t>(at) % bulk_modulus(sizeof(T)) / sizeof(T)); }  // numbers before it
-// Blocks of a multiprocessor, by registers: from compute capability 10.0 on, one more would spill.
-constexpr int bulk_blocks(bool gradient, int V) {
-#if __CUDA_ARCH__ >= 1000
-  return gradient ? 2 : 3;
-#else
-  return gradient || V > 1 ? 3 : 4;
-#endif
-}
+constexpr int bulk_blocks(bool gradient, int V) { return gradient ? 3 - newer : V > 1 ? 3 : 4 - newer; }  // of a multiprocessor, by registers
 
 // Of problems for `bulk`: plain ones are contiguous, without stride or dilation. Dilated: forward alone, also channels_last, where an image is
 // a plane and a number a column with taps of its own.
@@ -1979,14 +1979,7 @@ struct Planes : Pass {
 };
 
 constexpr int planes_threads = 256, planes_slots = 3;
-// Blocks of a multiprocessor, by registers: from compute capability 10.0 on, one more would spill.
-constexpr int planes_blocks(bool gradient, int M) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  return gradient || M > 20 ? 2 : 3;
-#else
-  return (gradient ? 3 : 4) - (M > 20);
-#endif
-}
+constexpr int planes_blocks(bool gradient, int M) { return gradient ? M > 20 ? 2 : 3 - newer : 4 - (M > 20); }  // of a multiprocessor, by registers
 
 // As `bulk`, for planes that shared memory holds whole, at stride 1: no row is guarded. With Gaps, planes of in are copied one by one, to
 // places with zeros between them, which taps beyond a plane meet; else planes have up to R rows, and row i of in meets row r of out where
@@ -2123,21 +2116,14 @@ struct Direct : Pass {
 };
 
 constexpr int direct_threads = 256;
-// Blocks of a multiprocessor, by registers: from compute capability 10.0 on, one more would spill.
-constexpr int direct_blocks() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  return 3;
-#else
-  return 4;
-#endif
-}
+constexpr int direct_blocks = 4 - newer;  // of a multiprocessor, by registers
 __host__ __device__ constexpr int direct_vectors(int bytes) { return bytes < 8 ? 4 : 2; }
 
 // Forward, for planes of few rows, where other kernels would have most of their rows beyond the plane: a thread makes a few vectors, `direct_threads`
 // apart, by those taps alone that meet a row of in, M at a time. Reads what L1 does not have, writes out once. Registers: the vectors' sums
 // and M rows of each. Shared memory: in channels_last the taps.
 template <class T, int V, bool ChannelsLast>
-__global__ void __launch_bounds__(direct_threads, direct_blocks()) direct(const __grid_constant__ Direct a, const T* __restrict__ in, const T* __restrict__, const T* __restrict__ weight,
+__global__ void __launch_bounds__(direct_threads, direct_blocks) direct(const __grid_constant__ Direct a, const T* __restrict__ in, const T* __restrict__, const T* __restrict__ weight,
                                                             const T* __restrict__ bias, T* __restrict__ out, Sum<T>*) {
   constexpr bool aligned = V * sizeof(T) == 16;  // else numbers of in are read one by one
   constexpr int n_vectors = direct_vectors(V * sizeof(T)), M = aligned && ChannelsLast ? 1 : 2;
