@@ -31,13 +31,13 @@ inline __device__ void store_16(void* to, uint4 v) {
 
 // From compute capability 10.0 on registers of some kernels have room for a block less.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int newer = 1;
+constexpr int fewer_blocks = 1;
 #else
-constexpr int newer = 0;
+constexpr int fewer_blocks = 0;
 #endif
 
 // Lets `reduce` start as soon as all blocks have: it waits for their sums.
-inline __device__ void launch_reduce() {
+inline __device__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -93,8 +93,8 @@ template <class T, int V> __device__ Packed<T, V> pack(const Sum<T> (&from)[V]) 
   return to;
 }
 
-// N vectors one `stride` apart; zeros for those whose bit is not set in `which`. Branch: a way of its own for all, which by
-// measurement costs `walk` more than it saves in contiguous layout forward.
+// N vectors one `stride` apart; zeros for those whose bit is not set in `which`. Branch: all of them by unconditional loads where
+// all are set, which pays but for contiguous forward passes, by measurement.
 template <int V, int N, bool Branch, class T> __device__ void fetch(Sum<T> (&to)[N][V], const T* from, uint32_t stride, uint32_t which) {
   Packed<T, V> raw[N];
   uint32_t at = 0;
@@ -496,7 +496,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
     return c;
   };
   const int64_t image_in = image * a.in_plane + in_column, image_out = image * a.out_plane + column;
-  if (Gradient) launch_reduce();
+  if (Gradient) launch_dependents();
 
   const bool reversed = Gradient != up;  // Row m of the window, the latest M, meets tap m - (M - K), in reversed order if the march is transposed or upwards, but not if both.
   float taps[M][Vw], dots[M][Vw], window[M][V], initial[Vw], bias_sum[Vw];
@@ -654,7 +654,7 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
     const int n = a.width(column, w);
     return n * a.out_plane + (w * a.C + c);
   };
-  if (Gradient) launch_reduce();
+  if (Gradient) launch_dependents();
   using Words = Packed<uint32_t, V * sizeof(T) / 4>;  // else the compiler would keep 16-bit numbers apart
   Words next_in[R] = {}, next_x[R] = {};
   const auto load_words = [](const T* at) { return load<V * sizeof(T) / 4>(reinterpret_cast<const uint32_t*>(at)); };
@@ -1119,7 +1119,7 @@ toeplitz(const __grid_constant__ Toeplitz a, const T* __restrict__ in, const T* 
   const int early = Gradient ? lead : 0;  // steps before a unit's first one, whose pairs are under way before all else; forward, that is slower
 #pragma unroll 1
   for (int i = 0; i <= early; ++i) fetch_in(), fetch_x();
-  if (Gradient) launch_reduce();
+  if (Gradient) launch_dependents();
   // Taps k and k + 1, k - 8 and k - 7 from k = -8 on: two such words, and those for k + 8, are a lane's of A_t.
   for (int i = threadIdx.x; i < 4 * tap_pairs(tiles); i += blockDim.x) {
     const int k = i / 4 - 8 + i % 2 - i / 2 % 2 * 8;
@@ -1478,7 +1478,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     }
     if (Gradient) await_copies<0>(), sync_block<Gradient>();
   };
-  if (Gradient) launch_reduce();
+  if (Gradient) launch_dependents();
   const int table = a.taps_offset + own_strip * a.line_bytes, taps = table + (8 + 2 * q - g) * 8, taps_after = taps + 64 + (2 * q < g ? 0 : 7 * 128);  // for tap k, k + 8
   Packed<T, 8> initial{};
   if (!Gradient && bias && own_channel < a.C) {
@@ -1679,7 +1679,7 @@ constexpr int bulk_threads = 256, bulk_slots = 2, bulk_rows = 8;
 // Of addresses in shared and global memory, which are congruent. (128 saves requests to L2; for float it is slower, by measurement.)
 __host__ __device__ constexpr int bulk_modulus(int size) { return size == 2 ? 128 : 16; }
 template <class T> __device__ int skipped(const T* at) { return int(reinterpret_cast<uintptr_t>(at) % bulk_modulus(sizeof(T)) / sizeof(T)); }  // numbers before it
-constexpr int bulk_blocks(bool gradient, int V) { return gradient ? 3 - newer : V > 1 ? 3 : 4 - newer; }  // of a multiprocessor, by registers
+constexpr int bulk_blocks(bool gradient, int V) { return gradient ? 3 - fewer_blocks : V > 1 ? 3 : 4 - fewer_blocks; }  // of a multiprocessor, by registers
 
 // Of problems for `bulk`: plain ones are contiguous, without stride or dilation. Dilated: forward alone, also channels_last, where an image is
 // a plane and a number a column with taps of its own.
@@ -1979,9 +1979,9 @@ struct Planes : Pass {
 };
 
 constexpr int planes_threads = 256, planes_slots = 3;
-constexpr int planes_blocks(bool gradient, int M) { return gradient ? M > 20 ? 2 : 3 - newer : 4 - (M > 20); }  // of a multiprocessor, by registers
+constexpr int planes_blocks(bool gradient, int M) { return gradient ? M > 20 ? 2 : 3 - fewer_blocks : 4 - (M > 20); }  // of a multiprocessor, by registers
 
-// As `bulk`, for planes that shared memory holds whole, at stride 1: no row is guarded. With Gaps, planes of in are copied one by one, to
+// As `bulk`, for planes that shared memory holds whole, at stride 1. With Gaps, planes of in are copied one by one, to
 // places with zeros between them, which taps beyond a plane meet; else planes have up to R rows, and row i of in meets row r of out where
 // |i - r| <= M / 2. A thread makes R rows of a column, the same of each chunk, by M taps at once; the last warp copies. Where an infinity
 // or NaN meets a zero, out is made anew from the definition, and the gradient of the weight by `reduce`.
@@ -2116,7 +2116,7 @@ struct Direct : Pass {
 };
 
 constexpr int direct_threads = 256;
-constexpr int direct_blocks = 4 - newer;  // of a multiprocessor, by registers
+constexpr int direct_blocks = 4 - fewer_blocks;  // of a multiprocessor, by registers
 __host__ __device__ constexpr int direct_vectors(int bytes) { return bytes < 8 ? 4 : 2; }
 
 // Forward, for planes of few rows, where other kernels would have most of their rows beyond the plane: a thread makes a few vectors, `direct_threads`
