@@ -151,15 +151,16 @@ struct Pass {
 template <bool InTurn, class S, class Place>
 __device__ void sum_threads(const Pass& a, const S* sums, int rows, int pitch, int columns, int channels, S* partial, const Place& place) {
   __syncthreads();
-  const int each = InTurn ? 1 : columns / channels, stride = InTurn ? channels : 1, width = columns > 32 * channels ? 16 : 1, lane = threadIdx.x & (width - 1);
-  for (int i = threadIdx.x / width; i < rows * channels; i += blockDim.x / width) {
-    const int first = i / rows * each, k = i % rows, end = InTurn ? columns : first + each;
+  const int each = InTurn ? 1 : columns / channels, stride = InTurn ? channels : 1, width = columns > 32 * channels ? 16 : 1, lane = threadIdx.x & (width - 1), count = rows * channels;
+  for (int i = threadIdx.x / width; i < round_up(count, 2); i += blockDim.x / width) {  // both halves of a warp
+    const int first = i / rows * each, k = i % rows, end = InTurn ? columns : min(first + each, columns);
     double sum = 0;  // of hundreds, for few channels
+#pragma unroll 4
     for (int j = first + lane * stride; j < end; j += width * stride) sum += sums[k * pitch + j];
-    for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(0xffff << (threadIdx.x & 16), sum, o);  // half a warp: the other may have no sum left
+    for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     int c;
     const int64_t block = place(first, c);
-    if (lane == 0 && block >= 0) partial[(c * a.blocks + block) * rows + k] = sum;
+    if (lane == 0 && i < count && block >= 0) partial[(c * a.blocks + block) * rows + k] = sum;
   }
 }
 
@@ -781,7 +782,7 @@ struct Toeplitz : Pass {
   int modulus;                           // of unaligned rows' addresses in shared and global memory, which are congruent
   int in_pitch, out_pitch;               // of rows in shared memory, in bytes
   int pixel_granules;                    // of 16 bytes, from a pixel to the next in shared memory, in channels_last
-  int ring_pairs, pair_bytes, x_offset, dots_offset, out_offset, taps_offset, line_bytes;  // of a line's shared memory, in channels_last a block's
+  int outs, ring_pairs, x_slots, pair_bytes, x_offset, dots_offset, out_offset, rows_offset, taps_offset, line_bytes;  // of a line's shared memory, in channels_last a block's
 };
 
 // A band of a line: plane (an image if channels_last), first row and column in out, steps and rows. Mixed: a block's units are of all bands,
@@ -1402,8 +1403,9 @@ template <bool Apart> __device__ void sync_block() {
 // into shared memory and, put together there, out of it (forward: where the step's first rows of in were). In registers: two blocks
 // of out and of in.
 //
-// Gradient: the strips' first warps do the same, a block at a time, and sum grad_output; another warp a strip for each t keeps D_t of
-// its 8 channels in registers for the block's life. At the end the block sums its D_t along their diagonals.
+// Gradient: the strips' first `outs` warps make out, a block at a time, and sum grad_output; another warp a strip for each t keeps D_t of
+// its 8 channels in registers for the block's life, and of these the first copy in and the second x, for out takes longest. At the end
+// the block sums its D_t along their diagonals.
 //
 // Rows of a block's strips lie in shared memory as in global memory, in lines of 128 bytes whose granules of 16 bytes are permuted, for the
 // reasons that `toeplitz` gives: a quarter of a warp loads rows 2 q of two pixels, or pixels 2 q of two rows.
@@ -1413,9 +1415,13 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
               const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
   constexpr int pitch = last_pitch, pair_bytes = step * pitch, together = Gradient ? 1 : 2;  // blocks of out at a time
   extern __shared__ __align__(128) unsigned char shared[];
-  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), q = lane % 4, g = lane / 4, d = a.dilation.divisor, tiles = a.tiles, lead = tiles / 2;
-  const int strips = a.groups * a.side, role = Gradient ? warp / strips : 0, own_strip = warp - role * strips, thread = own_strip * 32 + lane;
+  __shared__ int kept[2];  // until the end, for registers have no room
+  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, d = a.dilation.divisor, tiles = a.tiles, lead = tiles / 2;
+  const auto warp = [] { return __shfl_sync(~0u, threadIdx.x / 32, 0); };
+  const int strips = a.groups * a.side, role = Gradient ? warp() / strips : 0, own_strip = warp() - role * strips, thread = own_strip * 32 + lane;
   const int split = blockIdx.x / a.sets, set_channel = blockIdx.x % a.sets * a.groups * 8;
+  const int outs = Gradient ? a.outs : 1;
+  if (Gradient && threadIdx.x == 0) kept[0] = split, kept[1] = set_channel;
   const int own_channel = set_channel + own_strip % a.groups * 8, ring_end = a.ring_pairs * pair_bytes;
 
   const int stride = a.pixel_granules, next = stride * 16;  // from an even row or pixel to the next, by exclusive or
@@ -1431,49 +1437,59 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
   const int first_copied = place(copied_row, (copied_side * pixels + copied_pixel) * stride + vector % a.groups);
   const auto copied_at = [&](int i) { return (first_copied ^ i % 2 * (stride == 4 ? 32 : 64)) + 4 * i * pitch; };  // of row copied_row + 4 i: `place` again, less work
 
-  int unit = split - a.splits, pair = 0, pairs = 0, slot = 0;
+  int unit = split - a.splits, pair = 0, pairs = 0, slot = 0, x_slot = 0;
   const auto next_block = [&](int block) { return block += 16 * pitch, block == ring_end ? 0 : block; };
-  // Rows that the thread copies next, and which of them there are.
-  struct Rows { const T* from; int lo, hi; };
+  // For registers have no room, shared memory keeps of each thread that copies in, after them x, where its rows of a unit begin, in granules
+  // of the tensor, which of them there are, and its vector.
+  struct Rows { int from, lo, hi, vector; };
+  Rows* const in_rows = reinterpret_cast<Rows*>(shared + a.rows_offset) + thread;
+  struct Vector { int granule, side, pixel, row; };
+  const auto vector_of = [](const Rows* rows) { const int v = rows->vector; return Vector{v >> 8, v >> 5 & 7, v >> 2 & 7, v & 3}; };
   // Calls body(s, its unit, its first block) for each step s of all units, at once prepare(). Copying, it fetches `in`, pair after pair of
-  // blocks, and rows of x for the step that a pair completes.
+  // blocks, or rows of x for the step that a pair completes; if deep, two steps ahead, so that a step has one barrier.
   const auto each_step = [&]<bool Copying>(auto&& prepare, auto&& body) {
-    Rows in_rows{}, x_rows{};
+    const bool copies = Copying && role <= outs + 1, copies_x = Gradient && role == outs + 1;
+    Rows* const rows = in_rows + (copies_x ? 128 : 0);
+    if (copies) rows->vector = copied_channel / 8 << 8 | copied_side << 5 | copied_pixel << 2 | copied_row;
     const auto fetch = [&] {
       if (pair++ == pairs) {
         const int steps = next_steps<false>(a, unit);
         pairs = steps > 0 ? steps + lead : 0, pair = steps > 0;
-        const auto place = [&](const T* first, int rows, int width, int64_t row_numbers, int row_shift, int column_shift) {
-          const Band of = band<false>(a, unit, copied_side);
-          const int row = of.row + row_shift, column = of.column + copied_pixel + column_shift;
-          const bool there = of.busy && copied_channel < a.C && column >= 0 && column < width;
-          return Rows{first + ((int64_t(of.n) * rows + row) * width + column) * a.C + copied_channel + copied_row * row_numbers,
-                      a.dilation.steps(-row) - copied_row, there ? a.dilation.steps(rows - row) - copied_row : -step};
-        };
-        if (Copying && pair) in_rows = place(in, a.in_rows, a.in_width, a.in_row, a.row_shift, a.column_shift);
-        if (Copying && Gradient && pair) x_rows = place(x, a.out_rows, a.out_width, a.out_row, 0, 0);
+        if (copies && pair) {
+          const Vector v = vector_of(rows);
+          const Band of = band<false>(a, unit, v.side);
+          const int row = of.row + (copies_x ? 0 : a.row_shift), column = of.column + v.pixel + (copies_x ? 0 : a.column_shift);
+          const int height = copies_x ? a.out_rows : a.in_rows, width = copies_x ? a.out_width : a.in_width;
+          const bool there = of.busy && v.granule < a.C / 8 && column >= 0 && column < width;
+          rows->from = ((of.n * height + row + v.row * d) * width + column) * (a.C / 8) + v.granule;
+          rows->lo = a.dilation.steps(-row) - v.row, rows->hi = there ? a.dilation.steps(height - row) - v.row : -step;
+        }
       }
-      const auto copy = [&](Rows& rows, int64_t row_numbers, int to) {
+      if (const int index = pair - 1 - (copies_x ? lead : 0); copies && index >= 0) {
+        const int row_granules = int((copies_x ? a.out_row : a.in_row) / 8), lo = rows->lo - index * step, hi = rows->hi - index * step;
+        const int to = copies_x ? a.x_offset + x_slot * pair_bytes : slot * pair_bytes;
+        const uint4* from = reinterpret_cast<const uint4*>(copies_x ? x : in) + (rows->from + index * step * row_granules);
 #pragma unroll
-        for (int i = 0; i < step / 4; ++i, rows.from += 4 * row_numbers)
-          copy_async(shared + to + copied_at(i), rows.from, 4 * i >= rows.lo && 4 * i < rows.hi ? 16 : 0);
-        rows.lo -= step, rows.hi -= step;
-      };
-      if (Copying && pair > 0) copy(in_rows, a.in_row, slot * pair_bytes);
-      if (Copying && Gradient && a.has_dots && pair > lead) copy(x_rows, a.out_row, a.x_offset + pair % 2 * pair_bytes);
+        for (int i = 0; i < step / 4; ++i, from += 4 * row_granules) copy_async(shared + to + copied_at(i), from, 4 * i >= lo && 4 * i < hi ? 16 : 0);
+      }
       slot = slot + 1 == a.ring_pairs ? 0 : slot + 1;
+      x_slot = x_slot + 1 == a.x_slots ? 0 : x_slot + 1;
       end_group_of_copies();
     };
 #pragma unroll 1
     for (int i = 0; i <= lead; ++i) fetch();  // the first unit's first step
+    const bool deep = Gradient && a.x_slots == 3;
+    int next_pair = pair, next_unit = unit;
+    if (deep) fetch();
     prepare();
-    while (pair > 0) {
-      const int s = pair - 1 - lead, own_unit = unit;
+    while (next_pair > 0) {
+      const int s = next_pair - 1 - lead, own_unit = next_unit;
+      if (deep) next_pair = pair, next_unit = unit, await_copies<1>();
       sync_block<Gradient>();
       fetch();  // to the slot before that of the step's first pair, which the step before read first
+      if (!deep) next_pair = pair, next_unit = unit;
       if (s < 0) continue;
-      await_copies<1>();
-      sync_block<Gradient>();
+      if (!deep) await_copies<1>(), sync_block<Gradient>();
       body(s, own_unit, slot * pair_bytes);
     }
     if (Gradient) await_copies<0>(), sync_block<Gradient>();
@@ -1489,13 +1505,13 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
   // At the end, of a strip: D_t of a channel, by t; then sums of their 31 diagonals and of grad_output, by t and channel.
   const auto squares = [&](int strip) { return reinterpret_cast<float*>(shared) + strip * tiles * 512; };
   const auto sums = [&](int strip) { return squares(strip) + tiles * 256; };
-  if (role == 0) {
+  if (role < outs) {
     T* to;
     int left;  // rows that the thread is to write
     float bias_sum = 0;  // of channel g, pixels 2 q and 2 q + 1
-    each_step.template operator()<true>([&] {
+    each_step.template operator()<!Gradient>([&] {
       // As in `toeplitz`, for 16 k after one another for each channel. No branches, so that loads are under way together.
-      if (weight && own_channel < a.C) {
+      if (weight && own_channel < a.C && role == 0) {
 #pragma unroll 4
         for (int i = lane; i < 8 * tap_pairs(tiles); i += 32) {
           const int k = i / 128 * 16 + i % 16 - 8;
@@ -1509,10 +1525,11 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
       }
     }, [&](int s, int own_unit, int first_block) {
       if (s == 0) {
-        const Band copied = band<false>(a, own_unit, copied_side);
-        const int column = copied.column + copied_pixel;
-        to = out + ((int64_t(copied.n) * a.out_rows + copied.row + copied_row * d) * a.out_width + column) * a.C + copied_channel;
-        left = (!Gradient || out) && copied.busy && copied_channel < a.C && column >= 0 && column < a.out_width ? copied.rows - copied_row : 0;
+        const Vector v = vector_of(in_rows);
+        const Band copied = band<false>(a, own_unit, v.side);
+        const int column = copied.column + v.pixel;
+        to = out + ((int64_t(copied.n) * a.out_rows + copied.row + v.row * d) * a.out_width + column) * a.C + v.granule * 8;
+        left = (!Gradient || out) && copied.busy && v.granule < a.C / 8 && column >= 0 && column < a.out_width ? copied.rows - v.row : 0;
       }
       if (!Gradient || out || a.has_bias_sum) {
         const int staged = Gradient ? a.out_offset : first_block;  // rows of out
@@ -1522,7 +1539,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           load_two(to[0], from, after + pitch), load_two(to[1], from + 8 * pitch, after + 9 * pitch);
           block = next_block(block);
         };
-        if (Gradient && a.has_bias_sum) {  // a block counts where tap 0 meets it, or in the last step
+        if (Gradient && a.has_bias_sum && role == 0) {  // a block counts where tap 0 meets it, or in the last step
           const int count = (s + 1) * step >= band<false>(a, own_unit, 0).rows ? tiles : 1;
           constexpr uint32_t ones = std::is_same_v<T, f16> ? 0x3c003c00 : 0x3f803f80;
 #pragma unroll 1
@@ -1538,7 +1555,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           }
         }
 #pragma unroll 1
-        for (int part = 0; part < 2; part += together) {
+        for (int part = role; part < 2; part += Gradient ? outs : together) {
           float acc[together][8][4], first[8];
           uint32_t b[together][2][8];  // of a block each: rows 2 q and 2 q + 1, 2 q + 8 and 2 q + 9
           block = part ? next_block(first_block) : first_block;
@@ -1567,35 +1584,37 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
                 pack<T, 8>({v[0][k], v[1][k], v[2][k], v[3][k], v[4][k], v[5][k], v[6][k], v[7][k]});
           }
         }
-        sync_block<Gradient>();
+        if (Gradient) asm volatile("barrier.sync 2, %0;" ::"r"(outs * strips * 32) : "memory");
+        else __syncthreads();
         uint32_t nan = 0;
 #pragma unroll
         for (int i = 0; i < step / 4; ++i, to += 4 * a.out_row)
-          if (4 * i < left) {
+          if (4 * i < left && (!Gradient || outs == 1 || i % 2 == role)) {
             const uint4 v = at<uint4>(shared + staged + copied_at(i));
             *reinterpret_cast<uint4*>(to) = v;
             nan = max_nan<T>(max_nan<T>(nan, max_nan<T>(v.x, v.y)), max_nan<T>(v.z, v.w));
           }
         constexpr uint32_t infinity = std::is_same_v<T, f16> ? 0x7c00 : 0x7f80;
         if ((nan & 0x7fff) > infinity || (nan >> 16 & 0x7fff) > infinity) {
-          const Band of = band<false>(a, own_unit, copied_side);
+          const Vector v = vector_of(in_rows);
+          const Band of = band<false>(a, own_unit, v.side);
 #pragma unroll 1
-          for (int i = 0; i < step && i < left; i += 4) redo(a, in, weight, bias, out, of.n, of.row + (of.rows - left + i) * d, of.column + copied_pixel, copied_channel);
+          for (int i = 0; i < step && i < left; i += 4) redo(a, in, weight, bias, out, of.n, of.row + (of.rows - left + i) * d, of.column + v.pixel, v.granule * 8);
         }
         left -= step;
-      } else {
-        sync_block<Gradient>();
       }
     });
     if constexpr (Gradient) {
       bias_sum += __shfl_xor_sync(~0u, bias_sum, 1);
       bias_sum += __shfl_xor_sync(~0u, bias_sum, 2);
-      if (q == 0) sums(own_strip)[g * 32 + 31] = bias_sum;
+      float* const to = sums(warp() % strips);
+      if (q == 0 && role == 0) to[g * 32 + 31] = bias_sum;
     }
   } else if constexpr (Gradient) {
-    const int t = role - 1;
+    const int t = role - outs;
     float dots[2][8][4] = {};  // of columns 0 ... 7 and 8 ... 15, by channel
-    each_step.template operator()<false>([] {}, [&](int s, int, int block) {
+    each_step.template operator()<true>([] {}, [&](int s, int, int block) {
+      if (!a.has_dots) return;
       block += t * 16 * pitch;
       if (block >= ring_end) block -= ring_end;
 #pragma unroll 1
@@ -1603,7 +1622,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
         uint32_t own[2][8], other[8];
         const auto load_row = [&](uint32_t (&to)[8], int row) { load_two(to, shared + row + at_pixels, shared + row + (at_pixels ^ next)); };
 #pragma unroll
-        for (int h = 0; h < 2; ++h) load_row(own[h], a.x_offset + (s + lead + 1) % 2 * pair_bytes + (2 * i + h) * 8 * pitch);
+        for (int h = 0; h < 2; ++h) load_row(own[h], a.x_offset + x_slot * pair_bytes + (2 * i + h) * 8 * pitch);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           load_row(other, block + h * 8 * pitch);
@@ -1611,9 +1630,9 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           for (int c = 0; c < 8; ++c) multiply_add<T>(dots[h][c], own[0][c], own[1][c], other[c]);
         }
       }
-      sync_block<Gradient>();
     });
 
+    const int own_strip = warp() % strips;
     float* const square = squares(own_strip) + t * 256;
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
@@ -1631,6 +1650,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
   }
   if constexpr (Gradient) {
     __syncthreads();
+    const int split = kept[0], set_channel = kept[1];
 #pragma unroll 1
     for (int i = threadIdx.x; i < a.groups * 8 * (a.K + 1); i += blockDim.x) {
       const int k = i % (a.K + 1), c = i / (a.K + 1);
@@ -2012,20 +2032,21 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
     __syncwarp();
     if (copier == 0) arrive(barriers + slot);
   };
-  if (copier >= 0) {
-    if (copier == 0)
-      for (int i = 0; i < a.slots; ++i) begin_barrier(barriers + i);
-    __syncwarp();
-    for (int i = 0; i < a.slots; ++i) load_chunk(split + i * a.splits, i);
-  }
-  for (int i = 0; Gaps && i < a.slots; ++i)
-    for (int k = 0; k <= planes; ++k)
-      for (int j = threadIdx.x * (16 / sizeof(T)); j < a.gap; j += blockDim.x * (16 / sizeof(T))) *reinterpret_cast<uint4*>(slot_at(i) + k * in_pitch + j) = {};
   float taps[M], dots[M] = {}, bias_sum = 0;
 #pragma unroll
   for (int m = 0; m < M; ++m) taps[m] = works && weight && uint32_t(m + first_tap) < uint32_t(K) ? tap(m + first_tap) : 0;
   const float initial = !Gradient && works && bias ? widen(bias[first_channel + plane]) : 0;
+  if (copier >= 0) {
+    if (copier == 0)
+      for (int i = 0; i < a.slots; ++i) begin_barrier(barriers + i);
+    __syncwarp();
+    load_chunk(split, 0);
+  }
+  for (int i = 0; Gaps && i < a.slots; ++i)
+    for (int k = 0; k <= planes; ++k)
+      for (int j = threadIdx.x * (16 / sizeof(T)); j < a.gap; j += blockDim.x * (16 / sizeof(T))) *reinterpret_cast<uint4*>(slot_at(i) + k * in_pitch + j) = {};
   __syncthreads();
+  for (int i = 1; copier >= 0 && i < a.slots; ++i) load_chunk(split + i * a.splits, i);  // after all blocks' first ones
 
   int slot = 0, phase = 0;
 #pragma unroll 1
@@ -2441,9 +2462,11 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   const Device& device = current_device();
   const bool last = p.channels_last, gradient = a.has_dots || a.has_bias_sum, aligned = aligned_tiles(c);
   const int size = size_of(p.type), strip = last ? pixels : strip_bytes / size;
-  // 32-bit indices of strips, columns and rows
+  // 32-bit indices of strips, columns and rows, and in channels_last of granules of 16 bytes
+  const int64_t highest = p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation;
   plan.applies = device.capability >= 8 && dense(p) && p.K > 1 && (aligned || (!last && size == 2)) &&
-                 all_below(1 << 28, p.C * p.N * ceil_div(p.W_out, strip), p.W_out, p.H + 2 * p.padding_h + (p.K + 2 * step) * p.dilation) && sees_grad_output(a);
+                 all_below(1 << 28, p.C * p.N * ceil_div(p.W_out, strip), p.W_out, highest) && sees_grad_output(a) &&
+                 (!last || all_below(1 << 30, 16 * p.C, (p.N * larger(p.H, p.H_out) + highest) * larger(p.W, p.W_out) * p.C / 8));
   if (!plan.applies) return plan;
   a.in_row = a.in_columns * p.dilation, a.out_row = a.out_columns * p.dilation;
   a.in_end = static_cast<const char*>(c.in) + p.N * p.C * a.in_plane * size, a.x_end = static_cast<const char*>(c.x) + p.N * p.C * a.out_plane * size;
@@ -2458,9 +2481,12 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   int common = 0, roles = 1, room;  // shared memory beside the lines'; warps of a strip; warps that registers have room for
   if (last) {
     constexpr int pair = step * last_pitch;
-    a.x_offset = a.ring_pairs * pair, a.out_offset = a.x_offset + (a.has_dots ? 2 * pair : 0), a.taps_offset = common = a.out_offset + (gradient ? pair : 0);
+    a.x_slots = gradient && (a.ring_pairs + 5) * pair + 32 * 1024 < device.shared_bytes ? 3 : 2;
+    a.ring_pairs += a.x_slots - 2, a.x_offset = a.ring_pairs * pair, a.out_offset = a.x_offset + (a.has_dots ? a.x_slots * pair : 0);
+    a.rows_offset = a.out_offset + (gradient ? pair : 0), a.taps_offset = common = a.rows_offset + (gradient ? 256 : 128) * 16;
     a.line_bytes = tap_pairs(a.tiles) * 64;
-    roles += a.has_dots ? a.tiles : 0, room = gradient ? 16 : 12;
+    // Two beyond 3 tiles, by measurement, where registers then have room for as many strips.
+    a.outs = a.has_dots && a.tiles > 3 && a.tiles % 8 < 7 ? 2 : 1, roles = a.outs + (a.has_dots ? a.tiles : gradient), room = gradient ? 16 : 12;
   } else {
     common = (size == 4 ? 3 : 1) * 8 * tap_pairs(a.tiles), room = resident_blocks(gradient, aligned) * 4;
     if (!aligned) plane_lines = p.dilation == 1 && strips <= 8 ? 1 : ceil_div(strips, 4);
@@ -2874,7 +2900,7 @@ const char* launch(const Call& c) {
       {!back && rows <= (dense(p) ? 6 : 20), direct},
       {!back && !dense(p) && (!last || (two_bytes && aligned)) && K <= (two_bytes && !last && p.W_out > 20 ? 1 : 3) * p.stride_h, direct},
       {!back && (K == 3 || (last && (K == 5 || (f32 && K == 7)))), by_type(slide_f32, slide_f16, slide_bf16)},
-      {two_bytes && last && K > (back && p.H >= 160 ? 7 : 11) && tiles(.15), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
+      {two_bytes && last && K > (back && (p.H >= 160 || p.C % 64 == 0) ? 7 : 11) && tiles(.15), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
       {last && 3 * K <= (back ? 5 : 4) * rows, by_type(march_last_f32, march_last_f16, march_last_bf16)},
       {two_bytes && last && !back && !aligned, bulk},
       {!last && (!dense(p) || (!aligned && (K <= 9 || p.W < 4 || (f32 ? !back && p.dilation == 1 && 10 * round_up(p.W_out, 64) > 13 * p.W_out : !tiles(.35))))), bulk},
