@@ -1446,7 +1446,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
   struct Vector { int granule, side, pixel, row; };
   const auto vector_of = [](const Rows* rows) { const int v = rows->vector; return Vector{v >> 8, v >> 5 & 7, v >> 2 & 7, v & 3}; };
   // Calls body(s, its unit, its first block) for each step s of all units, at once prepare(). Copying, it fetches `in`, pair after pair of
-  // blocks, or rows of x for the step that a pair completes; if deep, two steps ahead, so that a step has one barrier.
+  // blocks, or rows of x for the step that a pair completes; if deep, two steps ahead.
   const auto each_step = [&]<bool Copying>(auto&& prepare, auto&& body) {
     const bool copies = Copying && role <= outs + 1, copies_x = Gradient && role == outs + 1;
     Rows* const rows = in_rows + (copies_x ? 128 : 0);
@@ -1584,8 +1584,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
                 pack<T, 8>({v[0][k], v[1][k], v[2][k], v[3][k], v[4][k], v[5][k], v[6][k], v[7][k]});
           }
         }
-        if (Gradient) asm volatile("barrier.sync 2, %0;" ::"r"(outs * strips * 32) : "memory");
-        else __syncthreads();
+        sync_block<Gradient>();
         uint32_t nan = 0;
 #pragma unroll
         for (int i = 0; i < step / 4; ++i, to += 4 * a.out_row)
@@ -1602,6 +1601,8 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           for (int i = 0; i < step && i < left; i += 4) redo(a, in, weight, bias, out, of.n, of.row + (of.rows - left + i) * d, of.column + v.pixel, v.granule * 8);
         }
         left -= step;
+      } else {
+        sync_block<Gradient>();
       }
     });
     if constexpr (Gradient) {
@@ -1614,11 +1615,10 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
     const int t = role - outs;
     float dots[2][8][4] = {};  // of columns 0 ... 7 and 8 ... 15, by channel
     each_step.template operator()<true>([] {}, [&](int s, int, int block) {
-      if (!a.has_dots) return;
       block += t * 16 * pitch;
       if (block >= ring_end) block -= ring_end;
 #pragma unroll 1
-      for (int i = 0; i < 2; ++i, block = next_block(block)) {
+      for (int i = 0; i < 2 * a.has_dots; ++i, block = next_block(block)) {
         uint32_t own[2][8], other[8];
         const auto load_row = [&](uint32_t (&to)[8], int row) { load_two(to, shared + row + at_pixels, shared + row + (at_pixels ^ next)); };
 #pragma unroll
@@ -1630,6 +1630,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
           for (int c = 0; c < 8; ++c) multiply_add<T>(dots[h][c], own[0][c], own[1][c], other[c]);
         }
       }
+      sync_block<Gradient>();
     });
 
     const int own_strip = warp() % strips;
@@ -1999,7 +2000,7 @@ struct Planes : Pass {
 };
 
 constexpr int planes_threads = 256, planes_slots = 3;
-constexpr int planes_blocks(bool gradient, int M) { return gradient ? M > 20 ? 2 : 3 - fewer_blocks : 4 - (M > 20); }  // of a multiprocessor, by registers
+constexpr int planes_blocks(bool gradient, int R, int M) { return gradient ? M > 20 ? 2 : 3 + (R == 8 && M <= 7) - fewer_blocks : 4 - (M > 20); }  // of a multiprocessor, by registers
 
 // As `bulk`, for planes that shared memory holds whole, at stride 1. With Gaps, planes of in are copied one by one, to
 // places with zeros between them, which taps beyond a plane meet; else planes have up to R rows, and row i of in meets row r of out where
@@ -2007,7 +2008,7 @@ constexpr int planes_blocks(bool gradient, int M) { return gradient ? M > 20 ? 2
 // or NaN meets a zero, out is made anew from the definition, and the gradient of the weight by `reduce`.
 // Registers: R sums, R of x, M taps and their gradients. Shared memory: slots of planes of in and of out, where x lies before.
 template <class T, int R, int M, bool Gaps, bool Gradient>
-__global__ void __launch_bounds__(planes_threads, planes_blocks(Gradient, M))
+__global__ void __launch_bounds__(planes_threads, planes_blocks(Gradient, R, M))
 planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
        T* __restrict__ out, float* __restrict__ partial) {
 #if __CUDA_ARCH__ >= 900
@@ -2606,7 +2607,7 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   const auto bytes = [=](int64_t numbers) { return round_up(numbers * size + bulk_modulus(size), 128); };
   const auto out_at = [&](int64_t planes) { return bytes(planes * (a.in_plane + a.gap) + a.gap); };
   const auto slot_bytes = [&](int64_t planes) { return out_at(planes) + bytes(planes * a.out_plane); };
-  const int64_t room = device.shared_per_multiprocessor / planes_blocks(gradient, M) - 1024 - 128;
+  const int64_t room = device.shared_per_multiprocessor / planes_blocks(gradient, R, M) - 1024 - 128;
   double least = 1e30;
   for (int64_t i = 1; i <= smaller(p.C, most / threads) && 2 * slot_bytes(i) <= room; ++i) {  // in warps
     const double cost = double(ceil_div(p.C, i)) * (ceil_div(i * threads, 32) + 1);
@@ -2616,7 +2617,7 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   const int64_t slices = ceil_div(p.C, a.planes);
   a.slices = slices, a.out_at = out_at(a.planes) / size, a.slot_bytes = slot_bytes(a.planes), a.slots = smaller(planes_slots, room / a.slot_bytes);
   plan.threads = round_up(a.planes * threads, 32) + 32, plan.shared = larger(a.slots * a.slot_bytes, gradient ? sizeof(float) * (p.K + 1) * plan.threads : 0);
-  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 64), planes_blocks(gradient, M) * planes_threads / plan.threads);
+  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 64), planes_blocks(gradient, R, M) * planes_threads / plan.threads);
   a.splits = a.blocks = deal(slices, p.N, blocks);
   plan.blocks = slices * a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
