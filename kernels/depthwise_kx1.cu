@@ -2000,7 +2000,10 @@ struct Planes : Pass {
 };
 
 constexpr int planes_threads = 256, planes_slots = 3;
-constexpr int planes_blocks(bool gradient, int R, int M) { return gradient ? M > 20 ? 2 : 3 + (R == 8 && M <= 7) - fewer_blocks : 4 - (M > 20); }  // of a multiprocessor, by registers
+constexpr int planes_blocks(int size, bool gradient, int R, int M) {  // of a multiprocessor, by registers
+  if (M > 20) return gradient ? 2 : 3;
+  return gradient ? 3 + (R == 8 && M <= 7) - fewer_blocks : 4 + (R == 8 && size == 4 && !fewer_blocks);
+}
 
 // As `bulk`, for planes that shared memory holds whole, at stride 1. With Gaps, planes of in are copied one by one, to
 // places with zeros between them, which taps beyond a plane meet; else planes have up to R rows, and row i of in meets row r of out where
@@ -2008,7 +2011,7 @@ constexpr int planes_blocks(bool gradient, int R, int M) { return gradient ? M >
 // or NaN meets a zero, out is made anew from the definition, and the gradient of the weight by `reduce`.
 // Registers: R sums, R of x, M taps and their gradients. Shared memory: slots of planes of in and of out, where x lies before.
 template <class T, int R, int M, bool Gaps, bool Gradient>
-__global__ void __launch_bounds__(planes_threads, planes_blocks(Gradient, R, M))
+__global__ void __launch_bounds__(planes_threads, planes_blocks(sizeof(T), Gradient, R, M))
 planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
        T* __restrict__ out, float* __restrict__ partial) {
 #if __CUDA_ARCH__ >= 900
@@ -2607,7 +2610,7 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   const auto bytes = [=](int64_t numbers) { return round_up(numbers * size + bulk_modulus(size), 128); };
   const auto out_at = [&](int64_t planes) { return bytes(planes * (a.in_plane + a.gap) + a.gap); };
   const auto slot_bytes = [&](int64_t planes) { return out_at(planes) + bytes(planes * a.out_plane); };
-  const int64_t room = device.shared_per_multiprocessor / planes_blocks(gradient, R, M) - 1024 - 128;
+  const int64_t room = device.shared_per_multiprocessor / planes_blocks(size, gradient, R, M) - 1024 - 128;
   double least = 1e30;
   for (int64_t i = 1; i <= smaller(p.C, most / threads) && 2 * slot_bytes(i) <= room; ++i) {  // in warps
     const double cost = double(ceil_div(p.C, i)) * (ceil_div(i * threads, 32) + 1);
@@ -2617,7 +2620,7 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   const int64_t slices = ceil_div(p.C, a.planes);
   a.slices = slices, a.out_at = out_at(a.planes) / size, a.slot_bytes = slot_bytes(a.planes), a.slots = smaller(planes_slots, room / a.slot_bytes);
   plan.threads = round_up(a.planes * threads, 32) + 32, plan.shared = larger(a.slots * a.slot_bytes, gradient ? sizeof(float) * (p.K + 1) * plan.threads : 0);
-  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 64), planes_blocks(gradient, R, M) * planes_threads / plan.threads);
+  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 64), planes_blocks(size, gradient, R, M) * planes_threads / plan.threads);
   a.splits = a.blocks = deal(slices, p.N, blocks);
   plan.blocks = slices * a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
