@@ -782,7 +782,8 @@ struct Toeplitz : Pass {
   int modulus;                           // of unaligned rows' addresses in shared and global memory, which are congruent
   int in_pitch, out_pitch;               // of rows in shared memory, in bytes
   int pixel_granules;                    // of 16 bytes, from a pixel to the next in shared memory, in channels_last
-  int outs, ring_pairs, x_slots, pair_bytes, x_offset, dots_offset, out_offset, rows_offset, taps_offset, line_bytes;  // of a line's shared memory, in channels_last a block's
+  int outs;                              // warps of a strip for out, in channels_last
+  int ring_pairs, x_slots, pair_bytes, x_offset, dots_offset, out_offset, rows_offset, taps_offset, line_bytes;  // of a line's shared memory, in channels_last a block's
 };
 
 // A band of a line: plane (an image if channels_last), first row and column in out, steps and rows. Mixed: a block's units are of all bands,
@@ -1415,7 +1416,7 @@ toeplitz_last(const __grid_constant__ Toeplitz a, const T* __restrict__ in, cons
               const T* __restrict__ bias, T* __restrict__ out, float* __restrict__ partial) {
   constexpr int pitch = last_pitch, pair_bytes = step * pitch, together = Gradient ? 1 : 2;  // blocks of out at a time
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ int kept[2];  // until the end, for registers have no room
+  __shared__ int kept[2];  // split and set_channel until the end, for registers have no room
   const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, d = a.dilation.divisor, tiles = a.tiles, lead = tiles / 2;
   const auto warp = [] { return __shfl_sync(~0u, threadIdx.x / 32, 0); };
   const int strips = a.groups * a.side, role = Gradient ? warp() / strips : 0, own_strip = warp() - role * strips, thread = own_strip * 32 + lane;
