@@ -37,7 +37,8 @@ void cpu_backward(const Problem&, const void* grad_output, const void* x, const 
 // converted in registers; else they are packed into a dense buffer, so that packing alone knows the layout, and results unpacked.
 // Tiles are cut alike whatever the number of threads, and partial sums are added in a fixed order: results are reproducible.
 #ifndef __SANITIZE_ADDRESS__  // takes minutes
-#pragma GCC optimize("O3")  // the rest is built faster with less
+// The rest is built faster with less, and this without what gains nothing here.
+#pragma GCC optimize("O3", "no-tree-pre", "no-tree-vrp", "no-tree-dominator-opts", "no-code-hoisting", "no-tree-slp-vectorize")
 #endif
 #include <sys/mman.h>
 #include <algorithm>
@@ -990,7 +991,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t met = std::min(p.K, j.vin.rows);  // rows at once: too many in the same place of a cache are packed
   const bool spread = met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536;
   j.windows = vector_bytes == 64 && j.forward && p.channels_last && (gaps || (element * run < 64 && (element == 2 || p.padding_w > 0))) && spread &&
-              element * j.lanes < 64 && p.K < (p.type == Type::f16 ? 9 : p.type == Type::bf16 ? 15 : 32) && p.type != Type::f64;
+              element * j.lanes < 64 && (p.stride_w > 1 ? std::min(p.K, ceil_div(p.H, p.dilation)) : p.K) < (p.type == Type::f16 ? 9 : p.type == Type::bf16 ? 15 : 32) && p.type != Type::f64;
   j.direct = j.windows || ((p.type != Type::f16 || bytes > 16) && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
   j.multiple = j.direct && gaps && !j.windows ? at_once : 1;
