@@ -256,7 +256,7 @@ def compare(case, dtype, device, make, gradients=GRADIENTS, weights=torch.contig
     y = (theirs if by is run else ours)(x)
     grad_output, wrong = make(y.shape, dtype=dtype, device=device), []
     allowed = DTYPES[dtype] * (1 if by is run else 4)  # random cases include sums of equal numbers, all rounded the same way
-    norm = 0.3 * grad_output.cpu().double().norm().item()  # all gradients are commonly larger, and outputs than such of random numbers
+    norm = 0.3 * grad_output.cpu().double().norm().item()  # gradients are commonly larger
     repeats = math.prod(n for n, stride in zip(grad_output.shape, grad_output.stride()) if stride == 0)  # of terms, with their rounding
     least = {"output": 0.3 * math.sqrt(grad_output.numel()), "x": norm, "weight": norm * math.sqrt(repeats), "bias": norm * math.sqrt(repeats)}
     results = run(ours, x, grad_output, gradients)
