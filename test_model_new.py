@@ -226,6 +226,16 @@ def error(result, exact, least):
     return difference if difference == 0 else max(difference / norm, single) if norm > 0 else math.inf
 
 
+def sizes(case, device):
+    """The case, and on a GPU its forward with so many images, too, that the kernel for small problems leaves it to the others:
+    (case, gradients)"""
+    yield case, GRADIENTS
+    if device == "cuda" and len(case.shape) == 4 and 0 not in case.shape:
+        y = ModelNew(case.shape[1], *case[2:]).to("meta")(torch.empty(case.shape, device="meta"))
+        copies = min(600_000 // y.numel(), 2**25 // math.prod(case.shape)) + 1
+        yield case._replace(shape=(copies * case.shape[0], *case.shape[1:])), ()
+
+
 def used_strides(tensor):
     return [stride for stride, size in zip(tensor.stride(), tensor.shape) if size > 1]  # the others mean nothing
 
@@ -357,14 +367,15 @@ def same(a, b, tolerance=1e-5):
 
 @on("cpu", "cuda")
 def table(device, dtype):
-    no_failures([w for case in CASES for layout in LAYOUTS for w in compare(case, dtype, device, dense(layout))])
+    no_failures([w for small in CASES for case, gradients in sizes(small, device) for layout in LAYOUTS
+                 for w in compare(case, dtype, device, dense(layout), gradients)])
 
 
 @on("cpu", "cuda")
 def views(device):
     cases = [Case("view", (3, 8, 20, 16), 5, 1, (2, 0), 1, True), Case("view", (2, 7, 19, 33), 3, 2, 1, 1, True)]
-    no_failures([f"{name}: {w}" for case in cases for name, make in VIEWS.items() for dtype in DTYPES
-                 for w in compare(case, dtype, device, make)])
+    no_failures([f"{name}: {w}" for small in cases for case, gradients in sizes(small, device) for name, make in VIEWS.items() for dtype in DTYPES
+                 for w in compare(case, dtype, device, make, gradients)])
 
 
 @on("cpu", "cuda")
@@ -404,14 +415,14 @@ def inf_and_nan(device, dtype):
                   ((2, 8, 24, 16), 18, 1, (9, 0), 1), ((2, 8, 10, 16), 5, 1, (6, 0), 3), ((2, 6, 10, 9), 5, 2, (6, 1), 3), ((2, 6, 40, 19), 3, 1, (2, 1), 2), *(((2, 8, 200, 48), K, 1, (K // 2, 0), 1) for K in (3, 5, 7)),
                   *(((2, 16, 129, 64), K, 1, (K * d // 2, 0), d) for K, d in ((6, 3), (9, 1), (19, 1))))
     wrong = []
-    for geometry, kind, where, layout in itertools.product(geometries, (math.inf, math.nan), ("x", "weight"), LAYOUTS):
+    cases = [case for geometry in geometries for case, _ in sizes(Case("inf and nan", *geometry, True), device)]
+    for case, kind, where, layout in itertools.product(cases, (math.inf, math.nan), ("x", "weight"), LAYOUTS):
         value = random.choice((-1, 1)) * kind
-        case = Case(f"{value} in {where}", *geometry, True)
         ours, x = modules(case, dtype, device)[0], dense(layout)(case.shape, dtype=dtype, device=device)
         (x if where == "x" else ours.conv2d.weight.detach())[1, :, random.randrange(case.K)] = value  # a row of x, a tap of weight
         grad_output = torch.randn_like(ours(x))
         results = run(ours, x, grad_output)
-        wrong += [f"{case}, {layout}: {name}" for name, exact in formula(ours, x, grad_output).items()
+        wrong += [f"{case}, {layout}, {value} in {where}: {name}" for name, exact in formula(ours, x, grad_output).items()
                   if not torch.allclose(results[name].double(), exact, rtol=5e-2, atol=5e-2, equal_nan=True)]
     no_failures(wrong)
 
@@ -1256,9 +1267,9 @@ def fuzz_once(seed, device):
     torch.set_num_threads(random.choice([1, os.cpu_count()]))
     case, dtype = random_case(), random.choice(list(DTYPES))
     makes = [*map(dense, LAYOUTS), *(VIEWS.values() if len(case.shape) == 4 and case.shape[0] else [])]
-    return compare(case, dtype, device, lambda *args, **to: random.choice(makes)(*args, **to),
-                   gradients=[name for name in GRADIENTS if random.random() < 0.7],
-                   weights=random.choice(list(LAYOUTS.values())), by=formula)
+    asked, weights = [name for name in GRADIENTS if random.random() < 0.7], random.choice(list(LAYOUTS.values()))
+    return [w for case, gradients in sizes(case, device)
+            for w in compare(case, dtype, device, lambda *args, **to: random.choice(makes)(*args, **to), gradients and asked, weights, formula)]
 
 
 def fuzz(seconds, seed):

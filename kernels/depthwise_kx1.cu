@@ -2134,7 +2134,7 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
 #endif
 }
 
-// How a launch takes vectors of out one by one.
+// How a launch takes vectors of out one by one: `direct`, or `single`, whose vectors are numbers.
 struct Direct : Pass {
   Divisor vectors, rows, channels, dilation, pixel, period;  // of a row of out; of a plane; C; the dilation; numbers of a pixel; those after which taps repeat in shared memory
   int step_column, step_row, step_plane;                     // from a thread's vector to its next: vectors, rows, planes
@@ -2143,7 +2143,7 @@ struct Direct : Pass {
 
 constexpr int direct_threads = 256;
 constexpr int direct_blocks = 4 - fewer_blocks;  // of a multiprocessor, by registers
-__host__ __device__ constexpr int direct_vectors(int bytes) { return bytes < 8 ? 4 : 2; }
+__host__ __device__ constexpr int direct_vectors(int bytes, bool channels_last) { return bytes < 8 ? 4 : bytes < 16 || channels_last ? 2 : 1; }
 
 // Forward, for planes of few rows, where other kernels would have most of their rows beyond the plane: a thread makes a few vectors, `direct_threads`
 // apart, by those taps alone that meet a row of in, M at a time. Reads what L1 does not have, writes out once. Registers: the vectors' sums
@@ -2152,7 +2152,7 @@ template <class T, int V, bool ChannelsLast>
 __global__ void __launch_bounds__(direct_threads, direct_blocks) direct(const __grid_constant__ Direct a, const T* __restrict__ in, const T* __restrict__, const T* __restrict__ weight,
                                                             const T* __restrict__ bias, T* __restrict__ out, Sum<T>*) {
   constexpr bool aligned = V * sizeof(T) == 16;  // else numbers of in are read one by one
-  constexpr int n_vectors = direct_vectors(V * sizeof(T)), M = aligned && ChannelsLast ? 1 : 2;
+  constexpr int n_vectors = direct_vectors(V * sizeof(T), ChannelsLast), M = aligned && ChannelsLast ? 1 : 2;
   extern __shared__ __align__(16) unsigned char shared[];
   T* const repeated_taps = reinterpret_cast<T*>(shared);
   const int K = a.K, d = a.dilation.divisor, pitch = ChannelsLast ? a.period.divisor : 1, apart = ChannelsLast ? 1 : int(a.p.stride_w), in_width = a.in_width;
@@ -2226,6 +2226,39 @@ __global__ void __launch_bounds__(direct_threads, direct_blocks) direct(const __
   }
 }
 
+constexpr int single_threads = 128;
+
+// Forward, for problems so small that they take little longer than their first loads: a thread makes one number, by those taps alone that meet
+// a row of in, M at a time. Reads what L1 does not have, writes out once. Registers: M numbers of in and M taps.
+template <class T>
+__global__ void __launch_bounds__(single_threads) single(const __grid_constant__ Direct a, const T* __restrict__ in, const T* __restrict__, const T* __restrict__ weight,
+                                                         const T* __restrict__ bias, T* __restrict__ out, Sum<T>*) {
+  constexpr int M = 8;
+  const int number = blockIdx.x * single_threads + threadIdx.x, d = a.dilation.divisor;
+  if (number >= a.count) return;
+  int column, row, c, channel;
+  const int plane = a.rows(a.vectors(number, column), row), w = a.pixel(column, c);
+  a.channels(a.p.channels_last ? c : plane, channel);
+  const int in_w = w * int(a.p.stride_w) - int(a.p.padding_w), first_row = row * int(a.p.stride_h) - int(a.p.padding_h), begin = a.dilation.steps(-first_row);
+  const int taps = in_w >= 0 && in_w < a.in_width ? min(a.K, a.dilation.steps(a.in_rows - first_row)) - begin : 0;
+  const T* from = in + (plane * a.in_plane + int64_t(first_row + begin * d) * a.in_columns + (in_w * int(a.pixel.divisor) + c));
+  const T* const tap = weight + (channel * a.K + begin);
+  Sum<T> acc = bias ? widen(bias[channel]) : 0;
+#pragma unroll 1
+  for (int k = 0; k < taps; k += M) {
+    T numbers[M], weights[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m, from += int64_t(d) * a.in_columns) {
+      const bool there = k + m < taps;
+      numbers[m] = there ? *from : T{}, weights[m] = there ? tap[k + m] : T{};
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+      if (k + m < taps) acc += widen(weights[m]) * widen(numbers[m]);
+  }
+  out[number] = narrow<T>(acc);
+}
+
 // ---- Host ----
 // A launch of one of the kernels: A is Walk, March, Low, Toeplitz, Bulk, Planes or Direct.
 template <class A> struct Plan {
@@ -2252,6 +2285,7 @@ Plan<Low> low_plan(const Call&, int V, int R, int M);
 Plan<Toeplitz> toeplitz_plan(const Call&);
 Plan<Bulk> bulk_plan(const Call&, int V, int M, Form);
 Plan<Planes> planes_plan(const Call&, int R, int M, bool gaps);
+bool small(const Call&);
 Plan<Direct> direct_plan(const Call&, int V);
 }  // namespace gpu
 // ---- end of the kernels ----
@@ -2627,21 +2661,28 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   return plan;
 }
 
+// Whether `single` makes it.
+bool small(const Call& c) {
+  const Problem& p = c.p;
+  return !c.transposed && p.N * p.C * p.H_out * p.W_out * (smaller(p.K, ceil_div(p.H, p.dilation)) + 40) <= int64_t(current_device().multiprocessors) << 17;
+}
+
 Plan<Direct> direct_plan(const Call& c, int V) {
   const Problem& p = c.p;
+  const bool singly = small(c), staged = p.channels_last && !singly;
   const int size = size_of(p.type);
   Plan<Direct> plan{{make_pass(c)}};
   Direct& a = plan.a;
   int64_t period = p.channels_last ? p.C : 1;
   while (p.channels_last && period % V) period += p.C;
   const int64_t vectors = a.out_columns / V, planes = p.channels_last ? p.N : p.N * p.C;
-  plan.shared = p.channels_last ? size * period * p.K : 0;
+  plan.shared = staged ? size * period * p.K : 0;
   plan.applies = !c.transposed && plan.shared <= 32 << 10 && all_below(1 << 30, planes * p.H_out * vectors, planes, p.C * p.K, p.H + 2 * p.padding_h, p.W * p.C, p.W_out * p.C, p.W_out * p.stride_w);
   if (!plan.applies) return plan;
-  a.vectors = vectors, a.rows = p.H_out, a.channels = p.C, a.dilation = p.dilation, a.pixel = p.C, a.period = period, a.count = planes * p.H_out * vectors;
+  a.vectors = vectors, a.rows = p.H_out, a.channels = p.C, a.dilation = p.dilation, a.pixel = p.channels_last ? p.C : 1, a.period = period, a.count = planes * p.H_out * vectors;
   a.step_column = direct_threads % vectors, a.step_row = direct_threads / vectors % p.H_out, a.step_plane = direct_threads / vectors / p.H_out;
-  plan.threads = direct_threads;
-  plan.blocks = smaller(ceil_div(a.count, direct_threads * direct_vectors(V * size)), p.channels_last ? 8 * current_device().multiprocessors : INT32_MAX);
+  plan.threads = singly ? single_threads : direct_threads;
+  plan.blocks = smaller(ceil_div(a.count, plan.threads * (singly ? 1 : direct_vectors(V * size, p.channels_last))), staged ? 8 * current_device().multiprocessors : INT32_MAX);
   return plan;
 }
 }  // namespace gpu
@@ -2823,6 +2864,10 @@ template <class T, int V> Outcome direct_by(const Call& c) {
 }
 
 template <class T> Outcome launch_direct(const Call& c) {
+  if (small(c)) {
+    const Plan<Direct> plan = direct_plan(c, 1);
+    return plan.applies ? run<T>(single<T>, plan, c, nullptr) : Outcome();
+  }
   if (alignment(c) >= 16) return direct_by<T, 16 / sizeof(T)>(c);
   if constexpr (sizeof(T) == 2) {
     if ((c.p.channels_last ? c.p.C * (c.p.stride_w == 1 ? c.p.W_out : 1) : c.p.W_out) % 2 == 0) return direct_by<T, 2>(c);
@@ -2887,7 +2932,8 @@ const char* add_up(const Call& c, const Sums& s, const void* partial) {
   return (type == Type::f64 ? reduce_by<double> : type == Type::f32 ? reduce_by<float> : type == Type::f16 ? reduce_by<f16> : reduce_by<bf16>)(c, s, partial);
 }
 
-// The choice of kernel: the first row that holds and whose kernel can. Fitted to the times of all that can, on an H200, for 800 problems of networks and random ones.
+// The choice of kernel: the first row that holds and whose kernel can. Fitted to the times of all that can, on an H200, for 800 problems of networks
+// and random ones, and to those of forward for 15,000 small ones.
 const char* launch(const Call& c) {
   const Problem& p = c.p;
   const int64_t K = p.K, rows = ceil_div(p.H, p.dilation), rows_made = ceil_div(c.transposed ? p.H : p.H_out, p.dilation);  // of a residue class modulo the dilation
@@ -2895,14 +2941,17 @@ const char* launch(const Call& c) {
   const int64_t strip = last ? pixels : strip_bytes / size_of(p.type);
   const auto tiles = [&](double part) { return dense(p) && p.W * rows_made > part * (round_up(p.W, strip) * round_up(rows_made, step)); };  // of the tensor cores' tiles, out fills more than that part
 
+  const bool tiny = p.C * (back ? 16 * p.H * p.W : p.H_out * p.W_out * larger(smaller(K, rows), 5)) < 1024;  // images, which `planes` takes one by one
+
   const auto by_type = [&](Attempt* of_f32, Attempt* of_f16, Attempt* of_bf16) { return f32 ? of_f32 : p.type == Type::f16 ? of_f16 : of_bf16; };
   Attempt *const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16), *const direct = by_type(direct_f32, direct_f16, direct_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
-      {f64 && !back && rows <= 6, direct_f64},
+      {f64 && !back && (rows <= 6 || small(c)), direct_f64},
       {f64, walk_f64},
+      {small(c), direct},
       {last && (back || K > 3), by_type(low_f32, low_f16, low_bf16)},
-      {(back || p.H > 1) && p.H * p.W < 4096 && (K <= (f32 || !tiles(.5) ? 21 : 11) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
-      {!back && rows <= (dense(p) ? 6 : 20), direct},
+      {p.H > (back ? 0 : aligned ? 5 : 2) && !tiny && p.H * p.W < 4096 && (K <= (f32 || !tiles(.5) ? 21 : 11) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
+      {!back && (tiny || rows <= (dense(p) ? 6 : 20)), direct},
       {!back && !dense(p) && (!last || (two_bytes && aligned)) && K <= (two_bytes && !last && p.W_out > 20 ? 1 : 3) * p.stride_h, direct},
       {!back && (K == 3 || (last && (K == 5 || (f32 && K == 7)))), by_type(slide_f32, slide_f16, slide_bf16)},
       {two_bytes && last && K > (back && (p.H >= 160 || p.C % 64 == 0) ? 7 : 11) && tiles(.15), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
