@@ -15,6 +15,7 @@ import hashlib
 import logging
 import operator
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -43,9 +44,9 @@ def _read_sources():
     for folder in folders:
         paths = [os.path.join(folder, name) for name in ("depthwise_kx1.cpp", "depthwise_kx1.cu")]
         if all(map(os.path.isfile, paths)):
-            texts = [open(path, encoding="utf-8").read() for path in paths + [own] * os.path.isfile(own)]
+            texts = [pathlib.Path(path).read_text(encoding="utf-8") for path in paths + [own] * os.path.isfile(own)]
             return dict(zip(("depthwise_kx1.cpp", "depthwise_kx1.cu", "digest of model_new.py"), texts[:2] + [_digest(texts[2:])]))
-    raise FileNotFoundError(f"kernels/depthwise_kx1.cpp and .cu are neither in {' nor in '.join(folders)}: keep model_new.py "
+    raise FileNotFoundError(f"depthwise_kx1.cpp and .cu are not in {' or '.join(folders)}: keep model_new.py "
                             "beside its kernels/, or use the self-contained file that `python model_new.py --bundle FILE` writes")
 
 
@@ -364,6 +365,43 @@ def _ints(name, value, least, length, error=RuntimeError):
     return tuple(map(operator.index, values)) * (length // len(values))
 
 
+class _Conv2d(nn.Conv2d):
+    """An nn.Conv2d of a (K x 1) kernel, a channel a group, computed by our operator. Its parameters, hooks, stride, padding and
+    dilation may be changed as any nn.Conv2d's."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._geometry = self._read_geometry()
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name in ("stride", "padding", "dilation", "padding_mode") and "_geometry" in self.__dict__:
+            self._geometry = self._read_geometry()
+
+    def _get_name(self):
+        return "Conv2d"  # for repr
+
+    def _read_geometry(self):
+        """The operator's arguments stride, padding and dilation."""
+        if self.padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros', but got {self.padding_mode!r}")
+        dilation, padding = _ints("dilation", self.dilation, 1, 2)[0], self.padding
+        rows = (self.kernel_size[0] - 1) * dilation if padding == "same" else 0  # an odd one at the end
+        top, left = (rows // 2, 0) if isinstance(padding, str) else _ints("padding", padding, 0, 2)
+        return _ints("stride", self.stride, 1, 2), (left, left, top, max(top, rows - top)), dilation
+
+    def forward(self, x):
+        if not _is_compiling():
+            y = _eager(x, self._parameters, self._geometry)
+            if y is not None:
+                return y
+        if not hasattr(x, "__torch_function__"):  # torch.fx's stand-in for a Tensor has it, too
+            raise TypeError(f"expected x to be a Tensor, but got {type(x).__name__}")
+        if isinstance(x, torch.Tensor) and x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        return _ops.forward.default(x, self.weight, self.bias, *self._geometry)
+
+
 class ModelNew(nn.Module):
     """Depthwise (kernel_size x 1) convolution, y = Model(...)(x), with nn.Conv2d's arguments, parameters and results.
 
@@ -374,29 +412,26 @@ class ModelNew(nn.Module):
         super().__init__()
         _ints("in_channels", in_channels, 1, 1, ValueError)
         _ints("kernel_size", kernel_size, 1, 1)
-        strides = _ints("stride", stride, 1, 2)
-        dilations = _ints("dilation", dilation, 1, 2)
-        pair = None if isinstance(padding, str) else _ints("padding", padding, 0, 2)
-        # Holds the parameters (same draws, same state_dict) and checks a padding string; its own forward is never called.
-        self.conv2d = nn.Conv2d(in_channels, in_channels, (kernel_size, 1), stride, padding, dilations,
-                                groups=in_channels, bias=bias)
-        sides = (pair[1], pair[1], pair[0], pair[0]) if pair else tuple(self.conv2d._reversed_padding_repeated_twice)
-        self._geometry = strides, sides, dilations[0]
+        _ints("stride", stride, 1, 2)
+        if not isinstance(padding, str):  # nn.Conv2d checks those
+            _ints("padding", padding, 0, 2)
+        self.conv2d = _Conv2d(in_channels, in_channels, (kernel_size, 1), stride, padding, _ints("dilation", dilation, 1, 2),
+                              groups=in_channels, bias=bias)
 
     def forward(self, x):
-        conv2d = self._modules["conv2d"]  # as self.conv2d, but a microsecond faster
-        if not _is_compiling():
-            y = _eager(x, conv2d._parameters, self._geometry)
-            if y is not None:
-                return y
-        if isinstance(x, torch.Tensor) and x.dim() == 3:
-            return self(x.unsqueeze(0)).squeeze(0)
-        return _ops.forward.default(x, conv2d.weight, conv2d.bias, *self._geometry)
+        conv2d = self._modules["conv2d"]
+        if not _is_compiling() and type(conv2d) is _Conv2d:
+            its = conv2d.__dict__
+            if not (its["_forward_pre_hooks"] or its["_forward_hooks"] or its["_backward_pre_hooks"] or its["_backward_hooks"] or "forward" in its):
+                y = _eager(x, its["_parameters"], its["_geometry"])  # as conv2d(x), but microseconds faster
+                if y is not None:
+                    return y
+        return conv2d(x)
 
 
 def _bundle():
     """This file's text with the kernel sources inside it."""
-    text = open(__file__, encoding="utf-8").read()
+    text = pathlib.Path(__file__).read_text(encoding="utf-8")
     literal = "".join(f"    {name!r}: r'''{source}''',\n" for name, source in _read_sources().items())
     return text.replace("\n_SOURCES = None", "\n_SOURCES = {\n" + literal + "}", 1)
 

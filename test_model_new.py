@@ -16,6 +16,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # of torch.profiler, which would
 import torch
 from torch import nn
 from torch.autograd import grad
+from torch.nn.utils.prune import l1_unstructured
 
 import model_new
 from model_new import ModelNew
@@ -425,6 +426,48 @@ def inf_and_nan(device, dtype):
         wrong += [f"{case}, {layout}, {value} in {where}: {name}" for name, exact in formula(ours, x, grad_output).items()
                   if not torch.allclose(results[name].double(), exact, rtol=5e-2, atol=5e-2, equal_nan=True)]
     no_failures(wrong)
+
+
+@on("cpu", "cuda")
+def changes_of_conv2d(device):
+    """Its geometry, its hooks (by which pruning works), its forward or all of it changed, it does as an nn.Conv2d would."""
+    x, called = torch.randn(2, 8, 20, 12, dtype=torch.float64, device=device, requires_grad=True), []
+
+    def attributes(**to):
+        return lambda conv2d: [setattr(conv2d, name, value) for name, value in to.items()]
+
+    def hooks(conv2d):
+        conv2d.register_forward_pre_hook(lambda *_: called.append("before"))
+        conv2d.register_forward_hook(lambda _, args, y: called.append("after") or 2 * y)
+        conv2d.register_full_backward_hook(lambda *_: called.append("backward"))
+
+    def prune(conv2d):
+        l1_unstructured(conv2d, "weight", 0.5)
+        conv2d.weight_orig.data.mul_(3)
+
+    geometries = [attributes(dilation=(2, 1), padding=(4, 0)), attributes(stride=(3, 2)), attributes(stride=2, padding=1), attributes(padding="same")]
+    for change in [*geometries, hooks, prune, attributes(forward=torch.neg)]:
+        results = []
+        for module in ModelNew, Model:
+            torch.manual_seed(SEED)
+            layer = module(8, 4, bias=True).to(x)
+            layer(x)
+            change(layer.conv2d)
+            y = layer(x)
+            results.append([y, *grad(y.square().sum(), [x, *layer.parameters()], allow_unused=True)])
+            if change in geometries:
+                results[-1].append(torch.compile(layer, fullgraph=True, backend="eager")(x))
+        same(*results)
+    assert called == ["before", "after", "backward"] * 2
+    layer = ModelNew(8, 4).to(x)
+    layer.conv2d = Model(8, 5, padding=(2, 0)).conv2d.to(x)
+    assert layer(x).shape == x.shape
+    for wrong in attributes(padding_mode="reflect"), attributes(stride=0):
+        try:
+            wrong(ModelNew(8, 4).conv2d)
+        except (ValueError, RuntimeError):
+            continue
+        raise AssertionError("accepted")
 
 
 def test_parameters_and_generator():
@@ -1416,6 +1459,8 @@ def bench(halves, only, file):
     print(about)
     torch.manual_seed(SEED)
     cases = [c for c in WORKLOADS + LARGE if only.match(c.name)] if only else WORKLOADS
+    if not cases:
+        return "no such workload"
     rows = []
     for half, case in itertools.product(halves, cases):
         if device == "cpu":
