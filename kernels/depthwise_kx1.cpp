@@ -1006,7 +1006,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   }
   j.slots = round_up((j.skip ? p.W : j.nq) * round_up(j.lanes, j.multiple), vector);
   const int64_t block = 8 * std::lcm(p.stride_h, p.dilation) / (j.forward ? p.stride_h : 1);  // rows that conv takes at once
-  j.band = std::min(j.vout.rows, std::max(std::max<int64_t>(16, block), (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
+  j.band = std::min(j.vout.rows, std::max(clamp(block, 16, 256), (budget / j.slots - halo) / (j.forward ? p.stride_h : 1)));
   j.cut = j.band < j.vout.rows && j.band >= block ? block : 1, j.band -= j.band % j.cut;
   j.in_rows = std::min(j.vin.rows, j.forward ? (j.band - 1) * p.stride_h + halo_all + 1 : (j.band + halo_all) / p.stride_h + 2);
   j.column_tiles = (Q + j.nq - 1) / j.nq, j.bands = (j.vout.rows + j.band - 1) / j.band;
