@@ -16,6 +16,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # of torch.profiler, which would
 import torch
 from torch import nn
 from torch.autograd import grad
+from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.prune import l1_unstructured
 
 import model_new
@@ -430,7 +431,7 @@ def inf_and_nan(device, dtype):
 
 @on("cpu", "cuda")
 def changes_of_conv2d(device):
-    """Its geometry, its hooks (by which pruning works), its forward or all of it changed, it does as an nn.Conv2d would."""
+    """Its geometry, hooks (by which pruning works), parametrization, forward or all of it changed, it does as an nn.Conv2d would."""
     x, called = torch.randn(2, 8, 20, 12, dtype=torch.float64, device=device, requires_grad=True), []
 
     def attributes(**to):
@@ -446,7 +447,7 @@ def changes_of_conv2d(device):
         conv2d.weight_orig.data.mul_(3)
 
     geometries = [attributes(dilation=(2, 1), padding=(4, 0)), attributes(stride=(3, 2)), attributes(stride=2, padding=1), attributes(padding="same")]
-    for change in [*geometries, hooks, prune, attributes(forward=torch.neg)]:
+    for change in [*geometries, hooks, prune, weight_norm, attributes(forward=torch.neg)]:
         results = []
         for module in ModelNew, Model:
             torch.manual_seed(SEED)
