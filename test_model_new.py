@@ -897,7 +897,7 @@ def train(rank, world, folder, device):
     dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     replicated = nn.parallel.DistributedDataParallel(net(ModelNew).to(device))
     sharded, mesh = net(ModelNew).to(device), dist.init_device_mesh(device, (world,))
-    for layer in sharded[0], sharded[2], sharded:
+    for layer in sharded[0].conv2d, sharded[2], sharded:
         fully_shard(layer, mesh=mesh)
     for model in replicated, sharded:
         three_steps(model, torch.load(folder / "batches").chunk(world, dim=1)[rank].to(device))
