@@ -387,7 +387,7 @@ class _Conv2d(nn.Conv2d):
             raise ValueError(f"padding_mode must be 'zeros', but got {self.padding_mode!r}")
         dilation, padding = _ints("dilation", self.dilation, 1, 2)[0], self.padding
         rows = (self.kernel_size[0] - 1) * dilation if padding == "same" else 0  # an odd one at the end
-        top, left = (rows // 2, 0) if isinstance(padding, str) else _ints("padding", padding, 0, 2)
+        top, left = (rows // 2, 0) if padding in ("same", "valid") else _ints("padding", padding, 0, 2)
         return _ints("stride", self.stride, 1, 2), (left, left, top, max(top, rows - top)), dilation
 
     def forward(self, x):
@@ -412,8 +412,8 @@ class ModelNew(nn.Module):
         super().__init__()
         _ints("in_channels", in_channels, 1, 1, ValueError)
         _ints("kernel_size", kernel_size, 1, 1)
-        _ints("stride", stride, 1, 2)
-        if not isinstance(padding, str):  # nn.Conv2d checks those
+        _ints("stride", stride, 1, 2)  # also by _Conv2d, but these messages show what was given
+        if not isinstance(padding, str):
             _ints("padding", padding, 0, 2)
         self.conv2d = _Conv2d(in_channels, in_channels, (kernel_size, 1), stride, padding, _ints("dilation", dilation, 1, 2),
                               groups=in_channels, bias=bias)

@@ -228,9 +228,9 @@ def error(result, exact, least):
     return difference if difference == 0 else max(difference / norm, single) if norm > 0 else math.inf
 
 
-def sizes(case, device):
-    """The case, and on a GPU its forward with so many images, too, that the kernel for small problems leaves it to the others:
-    (case, gradients)"""
+def with_many_images(case, device):
+    """(case, gradients to ask for): the case, and on a GPU its forward alone with so many images that it is not left to the kernel
+    for small problems."""
     yield case, GRADIENTS
     if device == "cuda" and len(case.shape) == 4 and 0 not in case.shape:
         y = ModelNew(case.shape[1], *case[2:]).to("meta")(torch.empty(case.shape, device="meta"))
@@ -369,14 +369,14 @@ def same(a, b, tolerance=1e-5):
 
 @on("cpu", "cuda")
 def table(device, dtype):
-    no_failures([w for small in CASES for case, gradients in sizes(small, device) for layout in LAYOUTS
+    no_failures([w for small in CASES for case, gradients in with_many_images(small, device) for layout in LAYOUTS
                  for w in compare(case, dtype, device, dense(layout), gradients)])
 
 
 @on("cpu", "cuda")
 def views(device):
     cases = [Case("view", (3, 8, 20, 16), 5, 1, (2, 0), 1, True), Case("view", (2, 7, 19, 33), 3, 2, 1, 1, True)]
-    no_failures([f"{name}: {w}" for small in cases for case, gradients in sizes(small, device) for name, make in VIEWS.items() for dtype in DTYPES
+    no_failures([f"{name}: {w}" for small in cases for case, gradients in with_many_images(small, device) for name, make in VIEWS.items() for dtype in DTYPES
                  for w in compare(case, dtype, device, make, gradients)])
 
 
@@ -417,7 +417,7 @@ def inf_and_nan(device, dtype):
                   ((2, 8, 24, 16), 18, 1, (9, 0), 1), ((2, 8, 10, 16), 5, 1, (6, 0), 3), ((2, 6, 10, 9), 5, 2, (6, 1), 3), ((2, 6, 40, 19), 3, 1, (2, 1), 2), *(((2, 8, 200, 48), K, 1, (K // 2, 0), 1) for K in (3, 5, 7)),
                   *(((2, 16, 129, 64), K, 1, (K * d // 2, 0), d) for K, d in ((6, 3), (9, 1), (19, 1))))
     wrong = []
-    cases = [case for geometry in geometries for case, _ in sizes(Case("inf and nan", *geometry, True), device)]
+    cases = [case for geometry in geometries for case, _ in with_many_images(Case("inf and nan", *geometry, True), device)]
     for case, kind, where, layout in itertools.product(cases, (math.inf, math.nan), ("x", "weight"), LAYOUTS):
         value = random.choice((-1, 1)) * kind
         ours, x = modules(case, dtype, device)[0], dense(layout)(case.shape, dtype=dtype, device=device)
@@ -463,10 +463,10 @@ def changes_of_conv2d(device):
     layer = ModelNew(8, 4).to(x)
     layer.conv2d = Model(8, 5, padding=(2, 0)).conv2d.to(x)
     assert layer(x).shape == x.shape
-    for wrong in attributes(padding_mode="reflect"), attributes(stride=0):
+    for wrong in attributes(padding_mode="reflect"), attributes(stride=0), attributes(padding="some"):
         try:
             wrong(ModelNew(8, 4).conv2d)
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, TypeError):
             continue
         raise AssertionError("accepted")
 
@@ -1312,7 +1312,7 @@ def fuzz_once(seed, device):
     case, dtype = random_case(), random.choice(list(DTYPES))
     makes = [*map(dense, LAYOUTS), *(VIEWS.values() if len(case.shape) == 4 and case.shape[0] else [])]
     asked, weights = [name for name in GRADIENTS if random.random() < 0.7], random.choice(list(LAYOUTS.values()))
-    return [w for case, gradients in sizes(case, device)
+    return [w for case, gradients in with_many_images(case, device)
             for w in compare(case, dtype, device, lambda *args, **to: random.choice(makes)(*args, **to), gradients and asked, weights, formula)]
 
 

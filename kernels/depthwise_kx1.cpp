@@ -1022,9 +1022,9 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.uncached = j.direct && !j.past_caches && !j.staged && output >= 4 << 20;
   const int64_t units = j.sets * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
-  // A task sets up and adds up sums of its own: so large ones, but a few in any case. (Results would depend on the threads if their number did.)
-  auto most = [&](int64_t sums) { return total / blocks / std::max({grain, total / 256, sums * (p.K + 1) * (j.forward ? j.lanes : std::max(j.slots, 4 * j.lanes))}); };
-  j.groups = clamp(std::max(most(8), std::min(ceil_div(4, blocks), most(2))), 1, units);
+  // A task sets up and adds up sums of its own: it takes at least 8 numbers for each, or 2 if else there were not even 4 tasks.
+  auto groups = [&](int64_t least) { return total / blocks / std::max({grain, total / 256, least * (p.K + 1) * (j.forward ? j.lanes : std::max(j.slots, 4 * j.lanes))}); };
+  j.groups = clamp(std::max(groups(8), std::min(ceil_div(4, blocks), groups(2))), 1, units);
   const int64_t count = blocks * j.groups;
   std::vector<double> sums;
   if (j.want_weight || j.want_bias) sums.resize(count * (p.K + 1) * j.lanes);
