@@ -234,7 +234,7 @@ def with_many_images(case, device):
     yield case, GRADIENTS
     if device == "cuda" and len(case.shape) == 4 and 0 not in case.shape:
         y = ModelNew(case.shape[1], *case[2:]).to("meta")(torch.empty(case.shape, device="meta"))
-        copies = min(600_000 // y.numel(), 2**25 // math.prod(case.shape)) + 1
+        copies = min(1_000_000 // y.numel(), 2**25 // math.prod(case.shape)) + 1
         yield case._replace(shape=(copies * case.shape[0], *case.shape[1:])), ()
 
 

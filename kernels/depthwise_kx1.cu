@@ -2134,7 +2134,7 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
 #endif
 }
 
-// How a launch takes vectors of out one by one: `direct`, or `single`, whose vectors are numbers.
+// How a launch takes vectors of out one by one.
 struct Direct : Pass {
   Divisor vectors, rows, channels, dilation, pixel, period;  // of a row of out; of a plane; C; the dilation; numbers of a pixel; those after which taps repeat in shared memory
   int step_column, step_row, step_plane;                     // from a thread's vector to its next: vectors, rows, planes
@@ -2226,41 +2226,50 @@ __global__ void __launch_bounds__(direct_threads, direct_blocks) direct(const __
   }
 }
 
+// How a launch makes numbers of out one by one.
+struct Single {
+  Divisor inner, middle, outer;  // sizes of out, in the order of memory: W_out, H_out, C or, in channels_last, C, W_out, H_out
+  Divisor dilation;
+  int image, channel, row, pixel;  // numbers of in from one to the next
+  uint32_t step;                   // and from a row that a sum takes
+  int count, K, H, W, stride_h, stride_w, padding_h, padding_w;
+  bool channels_last;
+};
+
 constexpr int single_threads = 128;
 
 // Forward, for problems so small that they take little longer than their first loads: a thread makes one number, by those taps alone that meet
 // a row of in, M at a time. Reads what L1 does not have, writes out once. Registers: M numbers of in and M taps.
 template <class T>
-__global__ void __launch_bounds__(single_threads) single(const __grid_constant__ Direct a, const T* __restrict__ in, const T* __restrict__, const T* __restrict__ weight,
+__global__ void __launch_bounds__(single_threads) single(const __grid_constant__ Single a, const T* __restrict__ in, const T* __restrict__, const T* __restrict__ weight,
                                                          const T* __restrict__ bias, T* __restrict__ out, Sum<T>*) {
-  constexpr int M = 8;
-  const int number = blockIdx.x * single_threads + threadIdx.x, d = a.dilation.divisor;
+  constexpr int M = sizeof(T) == 8 ? 4 : 8;
+  const int number = blockIdx.x * single_threads + threadIdx.x;
   if (number >= a.count) return;
-  int column, row, c, channel;
-  const int plane = a.rows(a.vectors(number, column), row), w = a.pixel(column, c);
-  a.channels(a.p.channels_last ? c : plane, channel);
-  const int in_w = w * int(a.p.stride_w) - int(a.p.padding_w), first_row = row * int(a.p.stride_h) - int(a.p.padding_h), begin = a.dilation.steps(-first_row);
-  const int taps = in_w >= 0 && in_w < a.in_width ? min(a.K, a.dilation.steps(a.in_rows - first_row)) - begin : 0;
-  const T* from = in + (plane * a.in_plane + int64_t(first_row + begin * d) * a.in_columns + (in_w * int(a.pixel.divisor) + c));
-  const T* const tap = weight + (channel * a.K + begin);
-  Sum<T> acc = bias ? widen(bias[channel]) : 0;
+  int inner, middle, outer;
+  const int n = a.outer(a.middle(a.inner(number, inner), middle), outer);
+  const int c = a.channels_last ? inner : outer, h = a.channels_last ? outer : middle, w = a.channels_last ? middle : inner;
+  const int in_h = h * a.stride_h - a.padding_h, in_w = w * a.stride_w - a.padding_w, begin = a.dilation.steps(-in_h);
+  const int taps = in_w >= 0 && in_w < a.W ? min(a.K, a.dilation.steps(a.H - in_h)) - begin : 0;
+  const T* from = in + (int64_t(n) * a.image + int64_t(c) * a.channel + int64_t(in_h + begin * int(a.dilation.divisor)) * a.row + int64_t(in_w) * a.pixel);
+  const T* tap = weight + (c * a.K + begin);
+  Sum<T> acc = bias ? widen(bias[c]) : 0;
 #pragma unroll 1
-  for (int k = 0; k < taps; k += M) {
+  for (int left = taps; left > 0; left -= M, tap += M, from += int64_t(a.step) * M) {
     T numbers[M], weights[M];
+    uint32_t at = 0;
 #pragma unroll
-    for (int m = 0; m < M; ++m, from += int64_t(d) * a.in_columns) {
-      const bool there = k + m < taps;
-      numbers[m] = there ? *from : T{}, weights[m] = there ? tap[k + m] : T{};
-    }
+    for (int m = 0; m < M; ++m, at += a.step)
+      if (m < left) numbers[m] = from[at], weights[m] = tap[m];
 #pragma unroll
     for (int m = 0; m < M; ++m)
-      if (k + m < taps) acc += widen(weights[m]) * widen(numbers[m]);
+      if (m < left) acc += widen(weights[m]) * widen(numbers[m]);
   }
   out[number] = narrow<T>(acc);
 }
 
 // ---- Host ----
-// A launch of one of the kernels: A is Walk, March, Low, Toeplitz, Bulk, Planes or Direct.
+// A launch of one of the kernels: A is Walk, March, Low, Toeplitz, Bulk, Planes, Direct or Single.
 template <class A> struct Plan {
   A a;
   bool applies;  // else the kernel cannot do it
@@ -2285,8 +2294,8 @@ Plan<Low> low_plan(const Call&, int V, int R, int M);
 Plan<Toeplitz> toeplitz_plan(const Call&);
 Plan<Bulk> bulk_plan(const Call&, int V, int M, Form);
 Plan<Planes> planes_plan(const Call&, int R, int M, bool gaps);
-bool small(const Call&);
 Plan<Direct> direct_plan(const Call&, int V);
+Plan<Single> single_plan(const Call&);
 }  // namespace gpu
 // ---- end of the kernels ----
 
@@ -2661,28 +2670,34 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   return plan;
 }
 
-// Whether `single` makes it.
-bool small(const Call& c) {
-  const Problem& p = c.p;
-  return !c.transposed && p.N * p.C * p.H_out * p.W_out * (smaller(p.K, ceil_div(p.H, p.dilation)) + 40) <= int64_t(current_device().multiprocessors) << 17;
-}
-
 Plan<Direct> direct_plan(const Call& c, int V) {
   const Problem& p = c.p;
-  const bool singly = small(c), staged = p.channels_last && !singly;
   const int size = size_of(p.type);
   Plan<Direct> plan{{make_pass(c)}};
   Direct& a = plan.a;
   int64_t period = p.channels_last ? p.C : 1;
   while (p.channels_last && period % V) period += p.C;
   const int64_t vectors = a.out_columns / V, planes = p.channels_last ? p.N : p.N * p.C;
-  plan.shared = staged ? size * period * p.K : 0;
+  plan.shared = p.channels_last ? size * period * p.K : 0;
   plan.applies = !c.transposed && plan.shared <= 32 << 10 && all_below(1 << 30, planes * p.H_out * vectors, planes, p.C * p.K, p.H + 2 * p.padding_h, p.W * p.C, p.W_out * p.C, p.W_out * p.stride_w);
   if (!plan.applies) return plan;
   a.vectors = vectors, a.rows = p.H_out, a.channels = p.C, a.dilation = p.dilation, a.pixel = p.channels_last ? p.C : 1, a.period = period, a.count = planes * p.H_out * vectors;
   a.step_column = direct_threads % vectors, a.step_row = direct_threads / vectors % p.H_out, a.step_plane = direct_threads / vectors / p.H_out;
-  plan.threads = singly ? single_threads : direct_threads;
-  plan.blocks = smaller(ceil_div(a.count, plan.threads * (singly ? 1 : direct_vectors(V * size, p.channels_last))), staged ? 8 * current_device().multiprocessors : INT32_MAX);
+  plan.threads = direct_threads;
+  plan.blocks = smaller(ceil_div(a.count, direct_threads * direct_vectors(V * size, p.channels_last)), p.channels_last ? 8 * current_device().multiprocessors : INT32_MAX);
+  return plan;
+}
+
+Plan<Single> single_plan(const Call& c) {
+  const Problem& p = c.p;
+  const bool last = p.channels_last;
+  Plan<Single> plan{};
+  const int64_t count = p.N * p.C * p.H_out * p.W_out;
+  plan.applies = all_below(1 << 28, count, p.C * p.H * p.W, p.C * p.K, p.H + 2 * p.padding_h, (p.W + 2 * p.padding_w) * p.C, p.dilation * p.W * p.C);
+  if (!plan.applies) return plan;
+  plan.a = {last ? p.C : p.W_out, last ? p.W_out : p.H_out, last ? p.H_out : p.C, p.dilation, int(p.C * p.H * p.W), int(last ? 1 : p.H * p.W), int(p.W * (last ? p.C : 1)), int(last ? p.C : 1),
+            uint32_t(p.dilation * p.W * (last ? p.C : 1)), int(count), int(p.K), int(p.H), int(p.W), int(p.stride_h), int(p.stride_w), int(p.padding_h), int(p.padding_w), last};
+  plan.threads = single_threads, plan.blocks = ceil_div(count, single_threads);
   return plan;
 }
 }  // namespace gpu
@@ -2863,11 +2878,12 @@ template <class T, int V> Outcome direct_by(const Call& c) {
   return run<T>(direct<T, V, false>, plan, c, nullptr);
 }
 
+template <class T> Outcome launch_single(const Call& c) {
+  const Plan<Single> plan = single_plan(c);
+  return plan.applies ? run<T>(single<T>, plan, c, nullptr) : Outcome();
+}
+
 template <class T> Outcome launch_direct(const Call& c) {
-  if (small(c)) {
-    const Plan<Direct> plan = direct_plan(c, 1);
-    return plan.applies ? run<T>(single<T>, plan, c, nullptr) : Outcome();
-  }
   if (alignment(c) >= 16) return direct_by<T, 16 / sizeof(T)>(c);
   if constexpr (sizeof(T) == 2) {
     if ((c.p.channels_last ? c.p.C * (c.p.stride_w == 1 ? c.p.W_out : 1) : c.p.W_out) % 2 == 0) return direct_by<T, 2>(c);
@@ -2878,7 +2894,7 @@ template <class T> Outcome launch_direct(const Call& c) {
 
 // Launchers by type; walk_4: vectors of 4 numbers.
 using Attempt = Outcome(const Call&);
-Attempt direct_f64, direct_f32, direct_f16, direct_bf16, planes_f32, planes_f16, planes_bf16, slide_f32, slide_f16, slide_bf16, low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, march_last_f32, march_last_f16, march_last_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
+Attempt single_f64, single_f32, single_f16, single_bf16, direct_f64, direct_f32, direct_f16, direct_bf16, planes_f32, planes_f16, planes_bf16, slide_f32, slide_f16, slide_bf16, low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, march_last_f32, march_last_f16, march_last_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
     walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
 // ---- end of what is compiled with each of the following parts, side by side ----
 
@@ -2940,15 +2956,15 @@ const char* launch(const Call& c) {
   const bool f64 = p.type == Type::f64, f32 = p.type == Type::f32, two_bytes = !f64 && !f32, last = p.channels_last, back = c.transposed, aligned = alignment(c) >= 16;
   const int64_t strip = last ? pixels : strip_bytes / size_of(p.type);
   const auto tiles = [&](double part) { return dense(p) && p.W * rows_made > part * (round_up(p.W, strip) * round_up(rows_made, step)); };  // of the tensor cores' tiles, out fills more than that part
-
-  const bool tiny = p.C * (back ? 16 * p.H * p.W : p.H_out * p.W_out * larger(smaller(K, rows), 5)) < 1024;  // images, which `planes` takes one by one
-
+  // Forwards that take little longer than their first loads; images of few numbers, which `planes` takes one by one.
+  const bool small = !back && p.N * p.C * p.H_out * p.W_out * (smaller(K, rows) + 40) <= int64_t(current_device().multiprocessors) << (aligned ? 17 : 18);
+  const bool tiny = p.C * (back ? 16 * p.H * p.W : p.H_out * p.W_out * larger(smaller(K, rows), 5)) < 1024;
   const auto by_type = [&](Attempt* of_f32, Attempt* of_f16, Attempt* of_bf16) { return f32 ? of_f32 : p.type == Type::f16 ? of_f16 : of_bf16; };
-  Attempt *const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16), *const direct = by_type(direct_f32, direct_f16, direct_bf16);
+  Attempt *const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16), *const direct = f64 ? direct_f64 : by_type(direct_f32, direct_f16, direct_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
-      {f64 && !back && (rows <= 6 || small(c)), direct_f64},
+      {small, f64 ? single_f64 : by_type(single_f32, single_f16, single_bf16)},
+      {f64 && !back && rows <= 6, direct},
       {f64, walk_f64},
-      {small(c), direct},
       {last && (back || K > 3), by_type(low_f32, low_f16, low_bf16)},
       {p.H > (back ? 0 : aligned ? 5 : 2) && !tiny && p.H * p.W < 4096 && (K <= (f32 || !tiles(.5) ? 21 : 11) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
       {!back && (tiny || rows <= (dense(p) ? 6 : 20)), direct},
@@ -3002,6 +3018,7 @@ Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<bf16>(c); }
 Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<bf16>(c); }
 // ---- end of a part ----
 Outcome direct_f16(const Call& c) { return launch_direct<f16>(c); }
+Outcome single_f16(const Call& c) { return launch_single<f16>(c); }
 Outcome march_f32(const Call& c) { return launch_march<float>(c); }
 // ---- end of a part ----
 Outcome march_last_f32(const Call& c) { return launch_march_last<float>(c); }
@@ -3010,7 +3027,9 @@ Outcome march_last_f16(const Call& c) { return launch_march_last<f16>(c); }
 Outcome march_last_bf16(const Call& c) { return launch_march_last<bf16>(c); }
 // ---- end of a part ----
 Outcome direct_f32(const Call& c) { return launch_direct<float>(c); }
+Outcome single_f32(const Call& c) { return launch_single<float>(c); }
 Outcome direct_f64(const Call& c) { return launch_direct<double>(c); }
+Outcome single_f64(const Call& c) { return launch_single<double>(c); }
 Outcome planes_f32(const Call& c) { return launch_planes<float>(c); }
 // ---- end of a part ----
 Outcome planes_f16(const Call& c) { return launch_planes<f16>(c); }
@@ -3018,3 +3037,4 @@ Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
 // ---- end of a part ----
 Outcome planes_bf16(const Call& c) { return launch_planes<bf16>(c); }
 Outcome direct_bf16(const Call& c) { return launch_direct<bf16>(c); }
+Outcome single_bf16(const Call& c) { return launch_single<bf16>(c); }
