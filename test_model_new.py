@@ -27,6 +27,7 @@ SEED = random.SystemRandom().randrange(2**31)  # fresh each run; --seed N repeat
 DTYPES = {torch.float32: 2e-6, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}  # and the error allowed
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 GRADIENTS = "x", "weight", "bias"
+SANITIZED = "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ  # compute-sanitizer watches single allocations so
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and model_new._has_cuda else ["cpu"]
 
 # What ModelNew stands in for, as a benchmark would state it: a module, its inputs and its globals.
@@ -218,11 +219,11 @@ def each(device, cases=CASES, dtype=torch.float32):
 def error(result, exact, least):
     """Relative to the norm of exact, or to least if that is larger: where a sum cancels, any rounding is large beside it.
     Of many numbers also the largest error of a single one, beside the root mean square of those that are not zero. Beyond the
-    type's range infinity is exact. On the CPU: what tools like compute-sanitizer watch is slow on a GPU, and initcheck, which
+    type's range infinity is exact. Under compute-sanitizer on the CPU: what it watches is slow on a GPU, and initcheck, which
     does not see what the bulk copy engine stores, would report any kernel that reads it."""
-    most = torch.finfo(result.dtype).max
-    exact = exact.cpu().clamp(-most, most)
-    difference, norm = result.cpu().double().clamp(-most, most) - exact, max(exact.norm().item(), least)
+    where, most = "cpu" if SANITIZED else exact.device, torch.finfo(result.dtype).max
+    exact = exact.to(where).clamp(-most, most)
+    difference, norm = result.to(where).double().clamp(-most, most) - exact, max(exact.norm().item(), least)
     single = (difference.abs() / (exact.abs() + norm / math.sqrt(exact.count_nonzero()))).max().item() if exact.numel() > 1000 and exact.any() else 0.0
     difference = difference.norm().item()
     return difference if difference == 0 else max(difference / norm, single) if norm > 0 else math.inf
@@ -244,7 +245,7 @@ def used_strides(tensor):
 
 def poison(module, x, grad_output):
     """Leaves NaN in the free memory that the allocator, if it keeps any, will hand out next, to ModelNew."""
-    if type(module) is ModelNew and "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ:
+    if type(module) is ModelNew and not SANITIZED:
         most = max(x.numel(), grad_output.numel())
         [x.new_full((n,), math.nan) for n in (most, *(1 << i for i in range(min(most.bit_length() + 1, 25))))]
 
