@@ -2269,7 +2269,7 @@ __global__ void __launch_bounds__(single_threads) single(const __grid_constant__
 }
 
 // How a launch takes lines: planes or, in channels_last, images.
-struct Flat {
+struct Lean {
   Divisor line, rows, row, channels;           // threads of a line, of rows one dilation apart, of a row; C
   int count;                                   // of threads
   int H, H_out, K, dilation, padding_h;
@@ -2278,17 +2278,17 @@ struct Flat {
   bool channels_last;
 };
 
-constexpr int flat_threads = 128;
-constexpr int flat_rows = 4;
+constexpr int lean_threads = 128;
+constexpr int lean_rows = 4;
 
 // Forward at stride 1 by few instructions, for rows that do not line up and for problems that leave pipelines no time to fill: a thread makes vectors of
 // J rows one dilation apart, by all taps, of which there are at most M, at once. Reads what L1 does not have, writes out once. Registers: J + M - 1 vectors
 // of in, M of taps.
 template <class T, int V, int M>
-__global__ void __launch_bounds__(flat_threads) flat(const __grid_constant__ Flat a, const T* __restrict__ in, const T* __restrict__, const T* __restrict__ weight,
+__global__ void __launch_bounds__(lean_threads) lean(const __grid_constant__ Lean a, const T* __restrict__ in, const T* __restrict__, const T* __restrict__ weight,
                                                      const T* __restrict__ bias, T* __restrict__ out, Sum<T>*) {
-  constexpr int J = flat_rows, least = M > 3 ? M - 3 : 1;  // taps
-  const int thread = blockIdx.x * flat_threads + threadIdx.x, d = a.dilation, C = a.channels.divisor;
+  constexpr int J = lean_rows, least = M > 3 ? M - 3 : 1;  // taps
+  const int thread = blockIdx.x * lean_threads + threadIdx.x, d = a.dilation, C = a.channels.divisor;
   if (thread >= a.count) return;
   int column, channel, rest;
   const int line = a.line(thread, rest), group = a.rows(rest, rest), row = group * J * d + a.row(rest, column), in_row = row - a.padding_h, in_column = column * V - a.padding;
@@ -2332,7 +2332,7 @@ __global__ void __launch_bounds__(flat_threads) flat(const __grid_constant__ Fla
 }
 
 // ---- Host ----
-// A launch of one of the kernels: A is Walk, March, Low, Toeplitz, Bulk, Planes, Direct, Single or Flat.
+// A launch of one of the kernels: A is Walk, March, Low, Toeplitz, Bulk, Planes, Direct, Single or Lean.
 template <class A> struct Plan {
   A a;
   bool applies;  // else the kernel cannot do it
@@ -2359,7 +2359,7 @@ Plan<Bulk> bulk_plan(const Call&, int V, int M, Form);
 Plan<Planes> planes_plan(const Call&, int R, int M, bool gaps);
 Plan<Direct> direct_plan(const Call&, int V);
 Plan<Single> single_plan(const Call&);
-Plan<Flat> flat_plan(const Call&, int V);
+Plan<Lean> lean_plan(const Call&, int V);
 }  // namespace gpu
 // ---- end of the kernels ----
 
@@ -2765,16 +2765,16 @@ Plan<Single> single_plan(const Call& c) {
   return plan;
 }
 
-Plan<Flat> flat_plan(const Call& c, int V) {
+Plan<Lean> lean_plan(const Call& c, int V) {
   const Problem& p = c.p;
-  Plan<Flat> plan{};
+  Plan<Lean> plan{};
   const int64_t pixel = p.channels_last ? p.C : 1, row_in = p.W * pixel, row_out = p.W_out * pixel, row = row_out / V, rows = p.dilation * row;
-  const int64_t line = ceil_div(p.H_out, flat_rows * p.dilation) * rows, threads = (p.channels_last ? p.N : p.N * p.C) * line;
-  plan.applies = all_below(1 << 30, threads, p.C * p.K, (p.H + 2 * p.padding_h) * row_in, p.H_out * row_out, (flat_rows + p.K) * p.dilation * larger(row_in, row_out));
+  const int64_t line = ceil_div(p.H_out, lean_rows * p.dilation) * rows, threads = (p.channels_last ? p.N : p.N * p.C) * line;
+  plan.applies = all_below(1 << 30, threads, p.C * p.K, (p.H + 2 * p.padding_h) * row_in, p.H_out * row_out, (lean_rows + p.K) * p.dilation * larger(row_in, row_out));
   if (!plan.applies) return plan;
   plan.a = {line, rows, row, p.C, int(threads), int(p.H), int(p.H_out), int(p.K), int(p.dilation), int(p.padding_h), int(p.padding_w * pixel), int(row_in), int(row_out),
             int(p.H * row_in), int(p.H_out * row_out), p.channels_last};
-  plan.threads = flat_threads, plan.blocks = ceil_div(threads, flat_threads);
+  plan.threads = lean_threads, plan.blocks = ceil_div(threads, lean_threads);
   return plan;
 }
 }  // namespace gpu
@@ -2960,13 +2960,13 @@ template <class T> Outcome launch_single(const Call& c) {
   return plan.applies ? run<T>(single<T>, plan, c, nullptr) : Outcome();
 }
 
-template <class T, int V, int M> Outcome flat_by(const Call& c) {
-  const Plan<Flat> plan = flat_plan(c, V);
-  return plan.applies ? run<T>(flat<T, V, M>, plan, c, nullptr) : Outcome();
+template <class T, int V, int M> Outcome lean_by(const Call& c) {
+  const Plan<Lean> plan = lean_plan(c, V);
+  return plan.applies ? run<T>(lean<T, V, M>, plan, c, nullptr) : Outcome();
 }
 
-template <class T> Outcome launch_flat(const Call& c) {
-  const auto by = [&]<int V> { return (c.p.K <= 3 ? flat_by<T, V, 3> : c.p.K <= 7 ? flat_by<T, V, 7> : flat_by<T, V, 11>)(c); };
+template <class T> Outcome launch_lean(const Call& c) {
+  const auto by = [&]<int V> { return (c.p.K <= 3 ? lean_by<T, V, 3> : c.p.K <= 7 ? lean_by<T, V, 7> : lean_by<T, V, 11>)(c); };
   if constexpr (sizeof(T) == 2) {
     if (alignment(c) >= 4) return by.template operator()<2>();
   }
@@ -2984,7 +2984,7 @@ template <class T> Outcome launch_direct(const Call& c) {
 
 // Launchers by type; walk_4: vectors of 4 numbers.
 using Attempt = Outcome(const Call&);
-Attempt flat_f32, flat_f16, flat_bf16, single_f64, single_f32, single_f16, single_bf16, direct_f64, direct_f32, direct_f16, direct_bf16, planes_f32, planes_f16, planes_bf16, slide_f32, slide_f16, slide_bf16, low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, march_last_f32, march_last_f16, march_last_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
+Attempt lean_f32, lean_f16, lean_bf16, single_f64, single_f32, single_f16, single_bf16, direct_f64, direct_f32, direct_f16, direct_bf16, planes_f32, planes_f16, planes_bf16, slide_f32, slide_f16, slide_bf16, low_f32, low_f16, low_bf16, march_f32, march_f16, march_bf16, march_last_f32, march_last_f16, march_last_bf16, bulk_f32, bulk_f16, bulk_bf16, toeplitz_f32, toeplitz_f16, toeplitz_bf16, toeplitz_last_f16, toeplitz_last_bf16, walk_f64,
     walk_4_f32, walk_4_f16, walk_4_bf16, walk_1_f32, walk_1_f16, walk_1_bf16;
 // ---- end of what is compiled with each of the following parts, side by side ----
 
@@ -3047,18 +3047,18 @@ const char* launch(const Call& c) {
   const int64_t strip = last ? pixels : strip_bytes / size_of(p.type);
   const auto tiles = [&](double part) { return dense(p) && p.W * rows_made > part * (round_up(p.W, strip) * round_up(rows_made, step)); };  // of the tensor cores' tiles, out fills more than that part
   const int64_t share = p.N * p.C * p.H_out * p.W_out / current_device().multiprocessors;  // of out
-  const bool few = !back && !f64 && dense(p) && K <= 11 && round_up(p.H_out, flat_rows * p.dilation) < 2 * p.H_out;  // taps; else most rows of `flat` would lie beyond the plane
+  const bool few = !back && !f64 && dense(p) && K <= 11 && round_up(p.H_out, lean_rows * p.dilation) < 2 * p.H_out;  // taps; else most rows of `lean` would lie beyond the plane
   const bool small = !back && share * (smaller(K, rows) + 40) <= 1 << (few ? 15 : aligned ? 17 : 18);  // takes little longer than its first loads
   const bool tiny = p.C * (back ? 16 * p.H * p.W : p.H_out * p.W_out * larger(smaller(K, rows), 5)) < 1024;  // images, which `planes` takes one by one
   const auto by_type = [&](Attempt* of_f32, Attempt* of_f16, Attempt* of_bf16) { return f32 ? of_f32 : p.type == Type::f16 ? of_f16 : of_bf16; };
-  Attempt *const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16), *const flat = by_type(flat_f32, flat_f16, flat_bf16), *const direct = f64 ? direct_f64 : by_type(direct_f32, direct_f16, direct_bf16);
+  Attempt *const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16), *const lean = by_type(lean_f32, lean_f16, lean_bf16), *const direct = f64 ? direct_f64 : by_type(direct_f32, direct_f16, direct_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
       {small, f64 ? single_f64 : by_type(single_f32, single_f16, single_bf16)},
-      {few && share < 12000, flat},
+      {few && share < 12000, lean},
       {f64 && !back && rows <= 6, direct},
       {f64, walk_f64},
       {last && (back || K > 3), by_type(low_f32, low_f16, low_bf16)},
-      {few && !aligned && (last || p.dilation > 1) && (p.padding_w == 0 || p.W * (last ? p.C : 1) > 128), flat},
+      {few && !aligned && (last || p.dilation > 1) && (p.padding_w == 0 || p.W * (last ? p.C : 1) > 128), lean},
       {p.H > (back ? 0 : aligned ? 5 : 2) && !tiny && p.H * p.W < 4096 && (K <= (f32 || !tiles(.5) ? 21 : 11) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
       {!back && (tiny || rows <= (dense(p) ? 6 : 20)), direct},
       {!back && !dense(p) && (!last || (two_bytes && aligned)) && K <= (two_bytes && !last && p.W_out > 20 ? 1 : 3) * p.stride_h, direct},
@@ -3111,7 +3111,7 @@ Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<bf16>(c); }
 Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<bf16>(c); }
 // ---- end of a part ----
 Outcome direct_f16(const Call& c) { return launch_direct<f16>(c); }
-Outcome flat_f16(const Call& c) { return launch_flat<f16>(c); }
+Outcome lean_f16(const Call& c) { return launch_lean<f16>(c); }
 Outcome single_f16(const Call& c) { return launch_single<f16>(c); }
 Outcome march_f32(const Call& c) { return launch_march<float>(c); }
 // ---- end of a part ----
@@ -3121,7 +3121,7 @@ Outcome march_last_f16(const Call& c) { return launch_march_last<f16>(c); }
 Outcome march_last_bf16(const Call& c) { return launch_march_last<bf16>(c); }
 // ---- end of a part ----
 Outcome direct_f32(const Call& c) { return launch_direct<float>(c); }
-Outcome flat_f32(const Call& c) { return launch_flat<float>(c); }
+Outcome lean_f32(const Call& c) { return launch_lean<float>(c); }
 Outcome single_f32(const Call& c) { return launch_single<float>(c); }
 Outcome direct_f64(const Call& c) { return launch_direct<double>(c); }
 Outcome single_f64(const Call& c) { return launch_single<double>(c); }
@@ -3132,5 +3132,5 @@ Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
 // ---- end of a part ----
 Outcome planes_bf16(const Call& c) { return launch_planes<bf16>(c); }
 Outcome direct_bf16(const Call& c) { return launch_direct<bf16>(c); }
-Outcome flat_bf16(const Call& c) { return launch_flat<bf16>(c); }
+Outcome lean_bf16(const Call& c) { return launch_lean<bf16>(c); }
 Outcome single_bf16(const Call& c) { return launch_single<bf16>(c); }
