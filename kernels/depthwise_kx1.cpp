@@ -594,7 +594,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
             rows += taps + N - 1;
           }
           const bool room = i + step - width + at_once<E> <= slots;  // for what a vector has behind its pixels: the next one overwrites that
-          prefetch<WIDE ? 1 : N>(in, m * S + off + (K - 1) * D + N * L, L, at[0]);
+          prefetch<WIDE ? 1 : N>(in, m * S + off + (K - 1) * D + N * L, classes, D, L, at[0]);
 #pragma GCC unroll 4
           for (int a = 0; a < A; a++) {
             E* to = out.data + n * out.image + m * out.stride + out.at(i + a * width);
@@ -611,12 +611,14 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
         }
       }
   }
-  // The rows that the next N meet first: short ones end before the processor foresees them; long ones crowd one another out of the cache.
-  template <int N, class E> static INLINE void prefetch(const Rows<const E>& in, int64_t row, int64_t L, int64_t at) {
+  // The rows that the next N meet first, by the last tap of each class: short ones end before the processor foresees them; long ones crowd one another out of the cache.
+  template <int N, class E> static INLINE void prefetch(const Rows<const E>& in, int64_t row, int64_t classes, int64_t D, int64_t L, int64_t at) {
     if (N == 1 || in.stride * sizeof(E) >= 4096) return;
     const E* from = in.data + row * in.stride + at;
+    for (int64_t c = 0; c < classes; c++, from -= D * in.stride) {
 #pragma GCC unroll 8
-    for (int r = 0; r < N; r++, from += L * in.stride) __builtin_prefetch(from, 0, 2);
+      for (int r = 0; r < N; r++) __builtin_prefetch(from + r * L * in.stride, 0, 2);
+    }
   }
   // The taps [k0, k1) some of whose rows exist, in classes, k = k0 + c, k0 + c + every, ...; for each, the rows that they and N rows of output meet
   struct Taps { int64_t k0, least, more, classes; };  // c < more: one more than `least`
@@ -640,7 +642,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       int64_t at = x.at(i);
       const E* gi = g.data + m * g.stride + g.at(i);
       asm("" : "+r"(rows), "+r"(to), "+r"(at), "+r"(gi));
-      prefetch<N>(x, m * S + off + (K - 1) * D + N * L, L, at);
+      prefetch<N>(x, m * S + off + (K - 1) * D + N * L, classes, D, L, at);
       V gr[N][vectors<E>];
 #pragma GCC unroll 8
       for (int r = 0; r < N; r++, gi += g_step) get(gr[r], gi);
