@@ -27,7 +27,7 @@ SEED = random.SystemRandom().randrange(2**31)  # fresh each run; --seed N repeat
 DTYPES = {torch.float32: 2e-6, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}  # and the error allowed
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 GRADIENTS = "x", "weight", "bias"
-SANITIZED = "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ  # compute-sanitizer watches single allocations so
+SANITIZED = "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ  # as compute-sanitizer is run, to see each allocation
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and model_new._has_cuda else ["cpu"]
 
 # What ModelNew stands in for, as a benchmark would state it: a module, its inputs and its globals.
@@ -232,7 +232,7 @@ def error(result, exact, least):
 
 def with_many_images(case, device):
     """(case, gradients to ask for): the case, and on a GPU its forward alone with so many images that it is not left to the kernels
-    for small problems: so the table launches every kernel's every instance, on an H200."""
+    for small problems: with these the table launches every instance of every kernel, on an H200."""
     yield case, GRADIENTS
     if device == "cuda" and len(case.shape) == 4 and 0 not in case.shape:
         y = ModelNew(case.shape[1], *case[2:]).to("meta")(torch.empty(case.shape, device="meta"))

@@ -2756,11 +2756,11 @@ Plan<Single> single_plan(const Call& c) {
   const Problem& p = c.p;
   const bool last = p.channels_last;
   Plan<Single> plan{};
-  const int64_t count = p.N * p.C * p.H_out * p.W_out;
+  const int64_t count = p.N * p.C * p.H_out * p.W_out, pixel = last ? p.C : 1, row = p.W * pixel;
   plan.applies = all_below(1 << 28, count, p.C * p.H * p.W, p.C * p.K, p.H + 2 * p.padding_h, (p.W + 2 * p.padding_w) * p.C, p.dilation * p.W * p.C);
   if (!plan.applies) return plan;
-  plan.a = {last ? p.C : p.W_out, last ? p.W_out : p.H_out, last ? p.H_out : p.C, p.dilation, int(p.C * p.H * p.W), int(last ? 1 : p.H * p.W), int(p.W * (last ? p.C : 1)), int(last ? p.C : 1),
-            uint32_t(p.dilation * p.W * (last ? p.C : 1)), int(count), int(p.K), int(p.H), int(p.W), int(p.stride_h), int(p.stride_w), int(p.padding_h), int(p.padding_w), last};
+  plan.a = {last ? p.C : p.W_out, last ? p.W_out : p.H_out, last ? p.H_out : p.C, p.dilation, int(p.C * p.H * p.W), int(last ? 1 : p.H * p.W), int(row), int(pixel), uint32_t(p.dilation * row),
+            int(count), int(p.K), int(p.H), int(p.W), int(p.stride_h), int(p.stride_w), int(p.padding_h), int(p.padding_w), last};
   plan.threads = single_threads, plan.blocks = ceil_div(count, single_threads);
   return plan;
 }
@@ -3046,19 +3046,19 @@ const char* launch(const Call& c) {
   const bool f64 = p.type == Type::f64, f32 = p.type == Type::f32, two_bytes = !f64 && !f32, last = p.channels_last, back = c.transposed, aligned = alignment(c) >= 16;
   const int64_t strip = last ? pixels : strip_bytes / size_of(p.type);
   const auto tiles = [&](double part) { return dense(p) && p.W * rows_made > part * (round_up(p.W, strip) * round_up(rows_made, step)); };  // of the tensor cores' tiles, out fills more than that part
-  const int64_t share = p.N * p.C * p.H_out * p.W_out / current_device().multiprocessors;  // of out
-  const bool few = !back && !f64 && dense(p) && K <= 11 && round_up(p.H_out, lean_rows * p.dilation) < 2 * p.H_out;  // taps; else most rows of `lean` would lie beyond the plane
-  const bool small = !back && share * (smaller(K, rows) + 40) <= 1 << (few ? 15 : aligned ? 17 : 18);  // takes little longer than its first loads
+  const int64_t out_per_multiprocessor = p.N * p.C * p.H_out * p.W_out / current_device().multiprocessors;  // numbers
+  const bool few_taps = !back && !f64 && dense(p) && K <= 11 && round_up(p.H_out, lean_rows * p.dilation) < 2 * p.H_out;  // and most rows of `lean` within the plane
+  const bool small = !back && out_per_multiprocessor * (smaller(K, rows) + 40) <= 1 << (few_taps ? 15 : aligned ? 17 : 18);  // takes little longer than its first loads
   const bool tiny = p.C * (back ? 16 * p.H * p.W : p.H_out * p.W_out * larger(smaller(K, rows), 5)) < 1024;  // images, which `planes` takes one by one
   const auto by_type = [&](Attempt* of_f32, Attempt* of_f16, Attempt* of_bf16) { return f32 ? of_f32 : p.type == Type::f16 ? of_f16 : of_bf16; };
   Attempt *const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16), *const lean = by_type(lean_f32, lean_f16, lean_bf16), *const direct = f64 ? direct_f64 : by_type(direct_f32, direct_f16, direct_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
       {small, f64 ? single_f64 : by_type(single_f32, single_f16, single_bf16)},
-      {few && share < 12000, lean},
+      {few_taps && out_per_multiprocessor < 12000, lean},
       {f64 && !back && rows <= 6, direct},
       {f64, walk_f64},
       {last && (back || K > 3), by_type(low_f32, low_f16, low_bf16)},
-      {few && !aligned && (last || p.dilation > 1) && (p.padding_w == 0 || p.W * (last ? p.C : 1) > 128), lean},
+      {few_taps && !aligned && (last || p.dilation > 1) && (p.padding_w == 0 || p.W * (last ? p.C : 1) > 128), lean},
       {p.H > (back ? 0 : aligned ? 5 : 2) && !tiny && p.H * p.W < 4096 && (K <= (f32 || !tiles(.5) ? 21 : 11) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
       {!back && (tiny || rows <= (dense(p) ? 6 : 20)), direct},
       {!back && !dense(p) && (!last || (two_bytes && aligned)) && K <= (two_bytes && !last && p.W_out > 20 ? 1 : 3) * p.stride_h, direct},
