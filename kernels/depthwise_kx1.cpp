@@ -532,14 +532,15 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       }
   }
 
-  // Output rows are taken 8 at a time and taps up to 7, both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all.
+  // Output rows are taken 8 at a time and taps up to 7, both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all; few rows, that
+  // would leave most of the 8 idle, one behind another, tap by tap.
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
   // Where columns of in have gaps, the processor foresees few rows at a time: WIDE takes half as many, of A times as many slots, and prefetches:
   // what the next rows meet if rows are short, else what lies ahead. The second cache can have more lines on their way than the first; 16-bit types
   // gain more by having the line in the first, where rows are long. A vector that lies across two lines has its end prefetched, since a pixel's other
   // vectors seldom begin there; for 16-bit types, where one more prefetch costs little beside the conversion, its beginning, too.
   // Lines of an `uncached` out are prefetched likewise, since stores wait for theirs one after the other.
-  // WIDE also serves where rows are few. WINDOWS is WIDE for pixels or rows smaller than a vector, of which a window is taken at a time.
+  // WIDE also serves where rows are few, or meet no row of in that another meets. WINDOWS is WIDE for pixels or rows smaller than a vector, of which a window is taken at a time.
   template <bool WIDE, bool WINDOWS, class E> static INLINE void conv(const Conv<E>& c) {
     const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table, windows, uncached, past_caches] = c;
     constexpr int N = (!WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1)) || (WINDOWS && vectors<E> == 1) ? 8 : 4, A = !WIDE || WINDOWS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
@@ -549,7 +550,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     const int64_t ahead = long_rows ? std::max<int64_t>((first_cache ? 512 : 4096) / (px * sizeof(E)), 1) * px : N * S * in.stride;
     const Window<E> window(WINDOWS ? in.lanes : 1, WINDOWS ? px : 1, WINDOWS ? slots / in.lanes : 1);
     const int64_t width = WINDOWS ? window.pixels * in.lanes : at_once<E>, step = A * width;
-    const int64_t jump = std::lcm(S, D) / S, L = out_rows > jump ? jump * S : D /* a row alone shares none */, every = L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride, next_out = out.stride * sizeof(E) < 4096 ? N * o_step : 512 / sizeof(E);
+    const int64_t meet = std::lcm(S, D) / S, jump = out_rows < 2 * meet ? 1 : meet, L = out_rows == 1 ? D : jump * S, every = jump < meet && out_rows > 1 ? K + 1 : L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride, next_out = out.stride * sizeof(E) < 4096 ? N * o_step : 512 / sizeof(E);
     for (int64_t start = 0; start < std::min(jump, out_rows); start++)
       for (int64_t m = start; m < out_rows; m += N * jump) {
         const int64_t count = std::min<int64_t>(N, (out_rows - m + jump - 1) / jump);
@@ -726,7 +727,7 @@ template <class E> void conv(int bytes, const Conv<E>& c) {
   if constexpr (sizeof(E) < 8)
     if (c.windows) return avx512([&](auto) __attribute__((always_inline)) { Vector<R, 64>::template conv<true, true>(c); });
 #endif
-  if ((c.in.skip || c.out_rows * std::gcd(c.S, c.D) <= 4 * c.D) && c.slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true, false>(c));
+  if ((c.in.skip || c.out_rows * std::gcd(c.S, c.D) <= 4 * c.D || std::lcm(c.S, c.D) >= c.K * c.D) && c.slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true, false>(c));
   else SIMD(R, template conv<false, false>(c));
 }
 template <class E> void correlate(int bytes, const Correlation<E>& c) {
@@ -958,12 +959,15 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   // Taps that meet no row are left out.
   const int64_t first_tap = clamp(ceil_div(p.padding_h - (p.H_out - 1) * p.stride_h, p.dilation), 0, p.K - 1);
   p.K = clamp((p.H - 1 + p.padding_h) / p.dilation + 1, first_tap + 1, p.K) - first_tap, p.padding_h -= first_tap * p.dilation;
+  if (p.K == 1) p.dilation = 1;
   if (j.weight) j.weight = (const char*)j.weight + first_tap * element;
   if (grad_weight && p.K < j.taps) std::memset(grad_weight, 0, p.C * j.taps * element);
   if (p.channels_last && p.H == 1 && p.H_out == 1 && p.padding_w == 0 && p.W % p.stride_w == 0 && p.W * p.C * element < 64)  // images of one short row are one long row
     p.W *= p.N, p.W_out *= p.N, p.N = p.stride_h = 1;
   if (p.channels_last && p.K == 1 && p.stride_h == 1 && p.padding_h == 0 && p.H == p.H_out)  // images under one another are one high image
     p.H *= p.N, p.H_out *= p.N, p.N = 1;
+  if (p.channels_last && p.H_out == 1 && p.N >= 8)  // here, where they are one large stride apart
+    p.stride_h = p.H, p.H *= p.N, p.H_out = p.N, p.N = 1;
   const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), grain = 32768, budget = grain << p.channels_last, halo_all = (p.K - 1) * p.dilation;
   auto view = [&](int64_t rows, int64_t width, int64_t col, int64_t step) {
     return p.channels_last ? View{rows, width, col, step, p.C, width * p.C, 1} : View{rows, width, col, step, 1, width, rows * width};
