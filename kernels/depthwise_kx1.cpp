@@ -966,7 +966,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
     p.W *= p.N, p.W_out *= p.N, p.N = p.stride_h = 1;
   if (p.channels_last && p.K == 1 && p.stride_h == 1 && p.padding_h == 0 && p.H == p.H_out)  // images under one another are one high image
     p.H *= p.N, p.H_out *= p.N, p.N = 1;
-  if (p.channels_last && p.H_out == 1 && p.N >= 8)  // here, where they are one large stride apart
+  if (p.channels_last && p.H_out == 1 && p.N >= 8 && p.padding_h <= 0 && -p.padding_h < p.H)  // here, where they are one large stride apart
     p.stride_h = p.H, p.H *= p.N, p.H_out = p.N, p.N = 1;
   const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), grain = 32768, budget = grain << p.channels_last, halo_all = (p.K - 1) * p.dilation;
   auto view = [&](int64_t rows, int64_t width, int64_t col, int64_t step) {
@@ -1189,7 +1189,16 @@ Problem check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 }
 
 MemoryFormat format(const Problem& p) { return p.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
-Problem plainest(Problem p) { return p.channels_last = p.channels_last && p.C > 1, p; }  // with one channel both are the same memory
+// Of the problems of the same memory the plainest: with one channel both orders are the same; rows of a residue class modulo the dilation
+// lie side by side with the others' in longer rows.
+Problem plainest(Problem p) {
+  p.channels_last = p.channels_last && p.C > 1;
+  if (p.stride_h * p.stride_w == 1 && p.padding_w == 0 && p.W == p.W_out && p.C * p.H * p.W < 1 << 26) {
+    const int64_t g = std::gcd(std::gcd(p.dilation, p.padding_h), std::gcd(p.H, p.H_out));
+    if (p.channels_last || g < p.H) p.H /= g, p.H_out /= g, p.padding_h /= g, p.dilation /= g, p.W *= g, p.W_out *= g;
+  }
+  return p;
+}
 const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 void* mutable_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 

@@ -2008,7 +2008,8 @@ constexpr int planes_blocks(int size, bool gradient, int R, int M) {  // of a mu
 
 // As `bulk`, for planes that shared memory holds whole, at stride 1. With Gaps, planes of in are copied one by one, to
 // places with zeros between them, which taps beyond a plane meet; else planes have up to R rows, and row i of in meets row r of out where
-// |i - r| <= M / 2. A thread makes R rows of a column, the same of each chunk, by M taps at once; the last warp copies. Where an infinity
+// |i - r| <= M / 2. With dilation the rows of a residue class lie side by side with the others' in longer rows, the last of which may end early.
+// A thread makes R rows of a column, the same of each chunk, by M taps at once; the last warp copies. Where an infinity
 // or NaN meets a zero, out is made anew from the definition, and the gradient of the weight by `reduce`.
 // Registers: R sums, R of x, M taps and their gradients. Shared memory: slots of planes of in and of out, where x lies before.
 template <class T, int R, int M, bool Gaps, bool Gradient>
@@ -2070,7 +2071,8 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
       // Where no column of in is reached, the same zero again and again.
       const T* const from = in_slot + (Gaps && !reached ? -1 : plane * in_pitch + (Gaps ? row + a.row_shift : 0) * W + in_w);
       T* const to = out_slot + (plane * int(a.out_plane) + row * W_out + w);
-      const int pitch = Gaps && !reached ? 0 : W, out_rows = a.out_rows - row, in_rows = reached ? a.in_rows : 0;
+      const auto rows_of = [](int rows, int plane, int width, int column) { return rows - ((rows - 1) * width + column >= plane); };  // a last one not whole
+      const int pitch = Gaps && !reached ? 0 : W, out_rows = rows_of(a.out_rows, a.out_plane, W_out, w) - row, in_rows = reached && !Gaps ? rows_of(a.in_rows, a.in_plane, W, in_w) : 0;
       float acc[R], own[R], sum = 0, chunk_sum = 0;
       const T* at = to;
 #pragma unroll
@@ -2104,7 +2106,7 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
 #pragma unroll 1
           for (int k = 0; k < K; ++k) {
             const int i = row + r + k + a.row_shift;
-            if (reached && i >= 0 && i < a.in_rows) sum += tap(k) * widen(in_slot[plane * in_pitch + i * W + in_w]);
+            if (reached && i >= 0 && i * W + in_w < a.in_plane) sum += tap(k) * widen(in_slot[plane * in_pitch + i * W + in_w]);
           }
           to[r * W_out] = narrow<T>(sum);
         }
@@ -2708,13 +2710,15 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   Planes& a = plan.a;
   const Device& device = current_device();
   const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
+  const bool whole = a.row_shift % p.dilation == 0 && (p.dilation == 1 || (p.padding_w == 0 && p.W == p.W_out));
+  a.in_rows = ceil_div(a.in_rows, p.dilation), a.out_rows = ceil_div(a.out_rows, p.dilation), a.row_shift /= p.dilation, a.in_width *= p.dilation, a.out_width *= p.dilation;
   const int64_t threads = ceil_div(a.out_rows, R) * a.out_width, most = planes_threads - 32;
   const bool fits = gaps ? p.K <= M && (address(c.in) | a.in_plane * size) % 16 == 0
                          : larger(a.in_rows, a.out_rows) <= R && p.K <= 64 && (M == 2 * R - 1 || (a.row_shift >= -(M / 2) && a.row_shift + p.K - 1 <= M / 2));
-  if (device.capability < 9 || !dense(p) || p.dilation > 1 || p.channels_last || !fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K)) return plan;
+  if (device.capability < 9 || !dense(p) || !whole || p.channels_last || !fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K)) return plan;
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane, a.threads = threads, a.columns = a.out_width;
   const int64_t beyond = larger(larger(1, -a.row_shift), round_up(a.out_rows, R) + M - 1 + a.row_shift - a.in_rows);  // rows
-  if (gaps) a.gap = round_up(beyond * a.in_width * size, 128) / size;
+  if (gaps) a.gap = round_up(((beyond + a.in_rows) * a.in_width - a.in_plane) * size, 128) / size;
   const auto bytes = [=](int64_t numbers) { return round_up(numbers * size + bulk_modulus(size), 128); };
   const auto out_at = [&](int64_t planes) { return bytes(planes * (a.in_plane + a.gap) + a.gap); };
   const auto slot_bytes = [&](int64_t planes) { return out_at(planes) + bytes(planes * a.out_plane); };
@@ -2931,7 +2935,7 @@ template <class T, int R, int M, bool Gaps, bool Gradient> Outcome planes_by(con
 template <class T> Outcome launch_planes(const Call& c) {
   const Problem& p = c.p;
   const auto by = [&]<int R, int M, bool Gaps> { return (c.transposed ? planes_by<T, R, M, Gaps, true> : planes_by<T, R, M, Gaps, false>)(c); };
-  const int64_t rows = larger(p.H, p.H_out), made = c.transposed ? p.H : p.H_out;
+  const int64_t rows = ceil_div(larger(p.H, p.H_out), p.dilation), made = ceil_div(c.transposed ? p.H : p.H_out, p.dilation);
   if (rows <= 7) return by.template operator()<7, 13, false>();
   if (rows <= 14 && p.K <= 11)
     if (const Outcome outcome = p.K <= 7 ? by.template operator()<14, 7, false>() : by.template operator()<14, 11, false>()) return outcome;
@@ -3058,10 +3062,9 @@ const char* launch(const Call& c) {
       {f64 && !back && rows <= 6, direct},
       {f64, walk_f64},
       {last && (back || K > 3), by_type(low_f32, low_f16, low_bf16)},
+      {rows > (back ? 0 : aligned ? 5 : 2) && !tiny && p.H * p.W < 4096 && (K <= (f32 || !tiles(.5) ? 21 : 11) || ceil_div(larger(p.H, p.H_out), p.dilation) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
       {few_taps && !aligned && (last || p.dilation > 1) && (p.padding_w == 0 || p.W * (last ? p.C : 1) > 128), lean},
-      {p.H > (back ? 0 : aligned ? 5 : 2) && !tiny && p.H * p.W < 4096 && (K <= (f32 || !tiles(.5) ? 21 : 11) || larger(p.H, p.H_out) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
       {!back && (tiny || rows <= (dense(p) ? 6 : 20)), direct},
-      {!back && !dense(p) && (!last || (two_bytes && aligned)) && K <= (two_bytes && !last && p.W_out > 20 ? 1 : 3) * p.stride_h, direct},
       {!back && (K == 3 || (last && (K == 5 || (f32 && K == 7)))), by_type(slide_f32, slide_f16, slide_bf16)},
       {two_bytes && last && K > (back && (p.H >= 160 || p.C % 64 == 0) ? 7 : 11) && tiles(.15), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
       {last && 3 * K <= (back ? 5 : 4) * rows, by_type(march_last_f32, march_last_f16, march_last_bf16)},
@@ -3069,8 +3072,8 @@ const char* launch(const Call& c) {
       {!last && (!dense(p) || (!aligned && (K <= 9 || p.W < 4 || (f32 ? !back && p.dilation == 1 && 10 * round_up(p.W_out, 64) > 13 * p.W_out : !tiles(.35))))), bulk},
       {!last && (K <= 2 * rows || !aligned), by_type(march_f32, march_f16, march_bf16)},
       {!last && (f32 ? K > 13 && tiles(.5) : K > 2 && tiles(aligned_tiles(c) ? .15 : .3)), by_type(toeplitz_f32, toeplitz_f16, toeplitz_bf16)},
-      {!last && (back || two_bytes || !aligned), bulk},
-      {two_bytes && !back && (aligned || !last) && (K <= 5 || rows <= 16), direct},
+      {!last && back && (two_bytes || rows > 12), bulk},
+      {two_bytes && !back && (last ? aligned : p.stride_w == 1) && (K <= 5 || rows <= 16), direct},
       {last && c.grad_weight && K > 80, [](const Call&) { return Outcome(contiguous_is_faster); }},  // than to read all again for every few taps
       {!(last && back && K > 29 && rows > 28), by_type(walk_4_f32, walk_4_f16, walk_4_bf16)},
       {true, by_type(walk_1_f32, walk_1_f16, walk_1_bf16)},
