@@ -2710,12 +2710,12 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   Planes& a = plan.a;
   const Device& device = current_device();
   const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
-  const bool whole = a.row_shift % p.dilation == 0 && (p.dilation == 1 || (p.padding_w == 0 && p.W == p.W_out));
+  if (p.dilation > 1 && (p.padding_h % p.dilation || p.padding_w || p.W != p.W_out || p.dilation * p.W > planes_threads)) return plan;
   a.in_rows = ceil_div(a.in_rows, p.dilation), a.out_rows = ceil_div(a.out_rows, p.dilation), a.row_shift /= p.dilation, a.in_width *= p.dilation, a.out_width *= p.dilation;
   const int64_t threads = ceil_div(a.out_rows, R) * a.out_width, most = planes_threads - 32;
   const bool fits = gaps ? p.K <= M && (address(c.in) | a.in_plane * size) % 16 == 0
                          : larger(a.in_rows, a.out_rows) <= R && p.K <= 64 && (M == 2 * R - 1 || (a.row_shift >= -(M / 2) && a.row_shift + p.K - 1 <= M / 2));
-  if (device.capability < 9 || !dense(p) || !whole || p.channels_last || !fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K)) return plan;
+  if (device.capability < 9 || !dense(p) || p.channels_last || !fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K)) return plan;
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane, a.threads = threads, a.columns = a.out_width;
   const int64_t beyond = larger(larger(1, -a.row_shift), round_up(a.out_rows, R) + M - 1 + a.row_shift - a.in_rows);  // rows
   if (gaps) a.gap = round_up(((beyond + a.in_rows) * a.in_width - a.in_plane) * size, 128) / size;
