@@ -634,11 +634,11 @@ struct Low : Pass {
 };
 
 // For channels_last planes of up to R rows, as many of in as of out, whose row i meets row r where |i - r| <= M / 2: a thread takes a column
-// of V channels whole. Reads in (and x if Gradient) once, writes out once. Where an infinity or NaN meets a zero, out is made anew from
+// of V channels whole. (7 rows meet no tap but these 13, however many there are.) Reads in (and x if Gradient) once, writes out once. Where an infinity or NaN meets a zero, out is made anew from
 // the definition, and the gradient of the weight by `reduce`. Registers: the rows of in, out and x, of low planes also those of in and x
 // of the next column, which are under way, the taps, and if Gradient their sums and that of grad_output.
 constexpr int low_threads = 128;
-constexpr int low_blocks(int R, int M, bool gradient) { return R == 7 ? 5 : gradient ? M == 7 ? 5 : 4 : M == 7 ? 8 : 6; }  // of a multiprocessor, for which registers have room
+constexpr int low_blocks(int R, int M, bool gradient) { return R == 7 ? M == 7 ? 5 : 4 : gradient ? M == 7 ? 5 : 4 : M == 7 ? 8 : 6; }  // of a multiprocessor, for which registers have room
 template <class T, int V, int R, int M, bool Gradient>
 __global__ void __launch_bounds__(low_threads, low_blocks(R, M, Gradient))
 low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
@@ -724,6 +724,7 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
   }
   if (Gradient && partial) {
     float* const sums = reinterpret_cast<float*>(shared);
+    for (int k = 0; K > M && k < K; ++k) store<V>(sums + (k * low_threads + threadIdx.x) * V, Packed<float, V>{});  // taps that meet no row
 #pragma unroll
     for (int m = -1; m < M; ++m) {
       const int k = m - unused;
@@ -2071,8 +2072,8 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
       // Where no column of in is reached, the same zero again and again.
       const T* const from = in_slot + (Gaps && !reached ? -1 : plane * in_pitch + (Gaps ? row + a.row_shift : 0) * W + in_w);
       T* const to = out_slot + (plane * int(a.out_plane) + row * W_out + w);
-      const auto rows_of = [](int rows, int plane, int width, int column) { return rows - ((rows - 1) * width + column >= plane); };  // a last one not whole
-      const int pitch = Gaps && !reached ? 0 : W, out_rows = rows_of(a.out_rows, a.out_plane, W_out, w) - row, in_rows = reached && !Gaps ? rows_of(a.in_rows, a.in_plane, W, in_w) : 0;
+      const int pitch = Gaps && !reached ? 0 : W, out_rows = a.out_rows - row - (a.out_rows * W_out + w >= int(a.out_plane) + W_out);  // of this column
+      const int in_rows = reached && !Gaps ? a.in_rows - (a.in_rows * W + in_w >= int(a.in_plane) + W) : 0;
       float acc[R], own[R], sum = 0, chunk_sum = 0;
       const T* at = to;
 #pragma unroll
@@ -2556,7 +2557,7 @@ Plan<Low> low_plan(const Call& c, int V, int R, int M) {
   Plan<Low> plan{{make_pass(c)}};
   Low& a = plan.a;
   const int64_t slices = ceil_div(p.C, 32 * V), columns = p.N * p.W;
-  plan.applies = p.channels_last && dense(p) && p.H > 6 && p.H <= R && p.H == p.H_out && p.K <= M && p.padding_w == 0 && p.dilation == 1 && p.C % V == 0 && p.C > 16 * V &&
+  plan.applies = p.channels_last && dense(p) && p.H > 6 && p.H <= R && p.H == p.H_out && p.K <= (M < 2 * R - 1 ? M : 64) && p.padding_w == 0 && p.dilation == 1 && p.C % V == 0 && p.C > 16 * V &&
                  alignment(c) >= V * size_of(p.type) && all_below(1 << 29, columns, p.W * p.C, p.C * p.K);
   if (!plan.applies) return plan;
   a.width = p.W, a.slices = slices, a.columns = columns;
@@ -2876,7 +2877,7 @@ template <class T> Outcome launch_march_last(const Call& c) {
 }
 
 template <class T, int R, int M, bool Gradient> Outcome low_by(const Call& c) {
-  constexpr int V = (Gradient || R > 7 ? 4 : 8) / sizeof(T);
+  constexpr int V = (Gradient || R > 7 || M > 7 ? 4 : 8) / sizeof(T);
   const Plan<Low> plan = low_plan(c, V, R, M);
   if (!plan.applies) return {};
   return run<T>(low<T, V, R, M, Gradient>, plan, c, make_room(plan.sums, c));
@@ -2884,7 +2885,7 @@ template <class T, int R, int M, bool Gradient> Outcome low_by(const Call& c) {
 
 template <class T> Outcome launch_low(const Call& c) {
   const auto by = [&]<int R, int M> { return (c.transposed ? low_by<T, R, M, true> : low_by<T, R, M, false>)(c); };
-  if (c.p.H == 7) return by.template operator()<7, 7>();
+  if (c.p.H == 7) return c.p.K <= 7 ? by.template operator()<7, 7>() : by.template operator()<7, 13>();
   return c.p.K <= 7 ? by.template operator()<16, 7>() : by.template operator()<16, 11>();
 }
 
