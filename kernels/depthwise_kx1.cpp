@@ -997,7 +997,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const int64_t met = std::min(p.K, j.vin.rows);  // rows at once: too many in the same place of a cache are packed
   const bool spread = met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536;
   j.windows = vector_bytes == 64 && j.forward && p.channels_last && (gaps || (element * run < 64 && (element == 2 || p.padding_w > 0))) && spread &&
-              element * j.lanes < 64 && (p.stride_w > 1 ? std::min(p.K, ceil_div(p.H, p.dilation)) : p.K) < (p.type == Type::f16 ? 9 : p.type == Type::bf16 ? 15 : 32) && p.type != Type::f64;
+              element * j.lanes < 64 && (p.stride_w > 1 ? std::min(p.K, ceil_div(p.H, p.dilation)) : p.K) < (p.type == Type::f16 ? 9 : p.type == Type::bf16 ? 24 : 32) && p.type != Type::f64;
   j.direct = j.windows || ((p.type != Type::f16 || bytes > 16) && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
   j.multiple = j.direct && gaps && !j.windows ? at_once : 1;
