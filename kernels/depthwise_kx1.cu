@@ -724,7 +724,7 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
   }
   if (Gradient && partial) {
     float* const sums = reinterpret_cast<float*>(shared);
-    for (int k = 0; M == 2 * R - 1 && k < K; ++k) store<V>(sums + (k * low_threads + threadIdx.x) * V, Packed<float, V>{});  // taps that meet no row
+    for (int k = 0; K > M && k < K; ++k) store<V>(sums + (k * low_threads + threadIdx.x) * V, Packed<float, V>{});  // taps that meet no row
 #pragma unroll
     for (int m = -1; m < M; ++m) {
       const int k = m - unused;
