@@ -550,7 +550,8 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     const int64_t ahead = long_rows ? std::max<int64_t>((first_cache ? 512 : 4096) / (px * sizeof(E)), 1) * px : N * S * in.stride;
     const Window<E> window(WINDOWS ? in.lanes : 1, WINDOWS ? px : 1, WINDOWS ? slots / in.lanes : 1);
     const int64_t width = WINDOWS ? window.pixels * in.lanes : at_once<E>, step = A * width;
-    const int64_t meet = std::lcm(S, D) / S, jump = out_rows < 2 * meet ? 1 : meet, L = out_rows == 1 ? D : jump * S, every = jump < meet && out_rows > 1 ? K + 1 : L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride, next_out = out.stride * sizeof(E) < 4096 ? N * o_step : 512 / sizeof(E);
+    const int64_t apart = std::lcm(S, D) / S, jump = out_rows < 2 * apart ? 1 : apart;  // rows of out that share rows of in; that are taken at once
+    const int64_t L = out_rows == 1 ? D : jump * S, every = jump < apart && out_rows > 1 ? K + 1 : L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride, next_out = out.stride * sizeof(E) < 4096 ? N * o_step : 512 / sizeof(E);
     for (int64_t start = 0; start < std::min(jump, out_rows); start++)
       for (int64_t m = start; m < out_rows; m += N * jump) {
         const int64_t count = std::min<int64_t>(N, (out_rows - m + jump - 1) / jump);
@@ -964,9 +965,9 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   if (grad_weight && p.K < j.taps) std::memset(grad_weight, 0, p.C * j.taps * element);
   if (p.channels_last && p.H == 1 && p.H_out == 1 && p.padding_w == 0 && p.W % p.stride_w == 0 && p.W * p.C * element < 64)  // images of one short row are one long row
     p.W *= p.N, p.W_out *= p.N, p.N = p.stride_h = 1;
-  if (p.channels_last && p.K == 1 && p.stride_h == 1 && p.padding_h == 0 && p.H == p.H_out)  // images under one another are one high image
+  if (p.channels_last && p.K == 1 && p.stride_h == 1 && p.padding_h == 0 && p.H == p.H_out)  // images under one another are one high image,
     p.H *= p.N, p.H_out *= p.N, p.N = 1;
-  if (p.channels_last && p.H_out == 1 && p.N >= 8 && p.padding_h <= 0 && -p.padding_h < p.H)  // here, where they are one large stride apart
+  if (p.channels_last && p.H_out == 1 && p.N >= 8 && p.padding_h <= 0 && -p.padding_h < p.H)  // whose rows of out, one of each, lie a stride of the images' height apart
     p.stride_h = p.H, p.H *= p.N, p.H_out = p.N, p.N = 1;
   const int64_t vector = vector_bytes / (p.type == Type::f64 ? 8 : 4), grain = 32768, budget = grain << p.channels_last, halo_all = (p.K - 1) * p.dilation;
   auto view = [&](int64_t rows, int64_t width, int64_t col, int64_t step) {
@@ -1190,7 +1191,8 @@ Problem check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 
 MemoryFormat format(const Problem& p) { return p.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
 // Of the problems of the same memory the plainest: with one channel both orders are the same; rows of a residue class modulo the dilation
-// lie side by side with the others' in longer rows.
+// lie side by side with the others' in longer rows. (But contiguous planes of one row a class, which are slower so, and rows that might become
+// too long for the kernels.)
 Problem plainest(Problem p) {
   p.channels_last = p.channels_last && p.C > 1;
   if (p.stride_h * p.stride_w == 1 && p.padding_w == 0 && p.W == p.W_out && p.C * p.H * p.W < 1 << 26) {

@@ -634,9 +634,10 @@ struct Low : Pass {
 };
 
 // For channels_last planes of up to R rows, as many of in as of out, whose row i meets row r where |i - r| <= M / 2: a thread takes a column
-// of V channels whole. (7 rows meet no tap but these 13, however many there are.) Reads in (and x if Gradient) once, writes out once. Where an infinity or NaN meets a zero, out is made anew from
-// the definition, and the gradient of the weight by `reduce`. Registers: the rows of in, out and x, of low planes also those of in and x
-// of the next column, which are under way, the taps, and if Gradient their sums and that of grad_output.
+// of V channels whole. (7 rows meet no tap but these 13, however many there are.) Reads in (and x if Gradient) once, writes out once.
+// Where an infinity or NaN meets a zero, out is made anew from the definition, and the gradient of the weight by `reduce`. Registers: the
+// rows of in, out and x, of low planes also those of in and x of the next column, which are under way, the taps, and if Gradient their sums
+// and that of grad_output.
 constexpr int low_threads = 128;
 constexpr int low_blocks(int R, int M, bool gradient) { return R == 7 ? M == 7 ? 5 : 4 : gradient ? M == 7 ? 5 : 4 : M == 7 ? 8 : 6; }  // of a multiprocessor, for which registers have room
 template <class T, int V, int R, int M, bool Gradient>
