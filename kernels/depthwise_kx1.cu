@@ -142,8 +142,19 @@ struct Pass {
   int in_rows, in_width, out_rows, out_width;  // planes of in and out, in rows and pixels
   uint32_t in_columns, out_columns;            // numbers in their rows: of all channels if channels_last
   int64_t in_plane, out_plane;                 // numbers in them
+  Divisor dilation;
   int row_shift, column_shift;                 // row and column of in that tap 0 takes to row and column 0 of out, at stride 1
   int blocks;                                  // that sum x * grad_output, for each of `dots` taps, and grad_output for a channel: to partial[C][blocks][dots + 1]
+  // f(m, k) for each m < M: row r of out meets row r + first + m of in by tap k, or by none, -1.
+  template <int M, bool Dilated, class F> __device__ void each_tap(int first, const F& f) const {
+    const int d = Dilated ? dilation.divisor : 1, apart = first - row_shift;
+    int k = !Dilated ? apart : apart < 0 ? -dilation.steps(-apart) : dilation.over(apart), rest = apart - k * d;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      f(m, rest == 0 && k < K ? k : -1);
+      if (++rest == d) rest = 0, ++k;
+    }
+  }
 };
 
 // Adds up a block's sums of each tap, and of grad_output, [rows][pitch] in shared memory, in fixed order: over the columns of the same channel, which lie
@@ -445,7 +456,7 @@ struct March : Pass {
   int columns, images;                 // numbers of them, of so many images side by side; contiguous, of so many planes, of neighbouring channels
   Divisor row;                         // numbers of one of them
   int in_shift;                        // number of in that meets number 0 of out
-  Divisor channels, dilation, residues;  // rows of one residue class modulo the dilation form a plane of their own
+  Divisor channels, residues;            // rows of one residue class modulo the dilation form a plane of their own
   int planes, band_rows;               // `images` at once, of all residue classes
   Divisor tiles, group_tiles, bands;   // a block keeps its tile of columns (of `group_tiles` of the same channels) and its band of rows; the planes are dealt to `splits` blocks
   int splits;
@@ -634,12 +645,12 @@ struct Low : Pass {
 };
 
 // For channels_last planes of up to R rows, as many of in as of out, whose row i meets row r where |i - r| <= M / 2: a thread takes a column
-// of V channels whole. (7 rows meet no tap but these 13, however many there are.) Reads in (and x if Gradient) once, writes out once.
+// of V channels whole. (R rows meet no tap but those of 2 R - 1 distances, whatever K and the dilation.) Reads in (and x if Gradient) once, writes out once.
 // Where an infinity or NaN meets a zero, out is made anew from the definition, and the gradient of the weight by `reduce`. Registers: the
 // rows of in, out and x, of low planes also those of in and x of the next column, which are under way, the taps, and if Gradient their sums
 // and that of grad_output.
 constexpr int low_threads = 128;
-constexpr int low_blocks(int R, int M, bool gradient) { return R == 7 ? M == 7 ? 5 : 4 : gradient ? M == 7 ? 5 : 4 : M == 7 ? 8 : 6; }  // of a multiprocessor, for which registers have room
+constexpr int low_blocks(int R, int M, bool gradient) { return M == 31 ? gradient ? 2 : 4 : R == 7 ? M == 7 ? 5 : 4 : gradient ? M == 7 ? 5 : 4 : M == 7 ? 8 : 6; }  // of a multiprocessor, for which registers have room
 template <class T, int V, int R, int M, bool Gradient>
 __global__ void __launch_bounds__(low_threads, low_blocks(R, M, Gradient))
 low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
@@ -647,7 +658,7 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
   constexpr int warps = low_threads / 32;
   constexpr bool ahead = R == 7;
   extern __shared__ __align__(128) unsigned char shared[];
-  const int K = a.K, unused = M / 2 + a.row_shift, rows = a.in_rows;  // row r of out meets row r + m - M / 2 of in by tap m - unused
+  const int K = a.K, rows = a.in_rows;  // row r of out meets row r + m - M / 2 of in by sum m
   int slice;
   const int split = a.slices(blockIdx.x, slice), first_channel = slice * 32 * V, c = first_channel + threadIdx.x % 32 * V;
   const bool busy = c < a.C;
@@ -672,16 +683,14 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
   };
   int column = split * warps + threadIdx.x / 32;
   if (ahead) fetch_column(column);
-  float taps[M][V], dots[M][V], initial[V], bias_sum[V];
+  float taps[M][V], dots[M][V] = {}, initial[V], bias_sum[V] = {};
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    initial[v] = !Gradient && bias && busy ? widen(bias[c + v]) : 0, bias_sum[v] = 0;
+  for (int v = 0; v < V; ++v) initial[v] = !Gradient && bias && busy ? widen(bias[c + v]) : 0;
+  a.each_tap<M, M == 2 * R - 1>(-(M / 2), [&](int m, int k) {
+    const int tap = max(k, 0);  // loads that wait for no condition are all under way at once
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      const int k = m - unused;
-      taps[m][v] = weight && busy && k >= 0 && k < K ? widen(weight[(c + v) * K + (Gradient ? K - 1 - k : k)]) : 0, dots[m][v] = 0;
-    }
-  }
+    for (int v = 0; v < V; ++v) taps[m][v] = weight && busy ? widen(weight[(c + v) * K + (Gradient ? K - 1 - tap : tap)]) : 0, taps[m][v] = k < 0 ? 0 : taps[m][v];
+  });
   for (; column < a.columns; column += a.splits * warps) {
     if (!ahead) fetch_column(column);
     float numbers[R][V], sum = 0;
@@ -718,20 +727,19 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
         sum = !Gradient && bias ? widen(bias[c + v]) : 0;
 #pragma unroll 1
         for (int k = 0; k < K; ++k)
-          if (const int row = r + k + a.row_shift; row >= 0 && row < rows) sum += widen(weight[(c + v) * K + (Gradient ? K - 1 - k : k)]) * widen(in[at + row * a.out_columns + v]);
+          if (const int row = r + k * int(a.dilation.divisor) + a.row_shift; row >= 0 && row < rows) sum += widen(weight[(c + v) * K + (Gradient ? K - 1 - k : k)]) * widen(in[at + row * a.out_columns + v]);
         out[at + r * a.out_columns + v] = narrow<T>(sum);
       }
     }
   }
   if (Gradient && partial) {
     float* const sums = reinterpret_cast<float*>(shared);
-    for (int k = 0; K > M && k < K; ++k) store<V>(sums + (k * low_threads + threadIdx.x) * V, Packed<float, V>{});  // taps that meet no row
-#pragma unroll
-    for (int m = -1; m < M; ++m) {
-      const int k = m - unused;
-      if (m < 0 || (k >= 0 && k < K))
-        store<V>(sums + ((m < 0 ? K : K - 1 - k) * low_threads + threadIdx.x) * V, reinterpret_cast<Packed<float, V>&>(m < 0 ? bias_sum : dots[m]));
-    }
+    for (int k = 0; M == 2 * R - 1 && k < K; ++k) store<V>(sums + (k * low_threads + threadIdx.x) * V, Packed<float, V>{});  // taps that meet no row
+    const auto put = [&](int k, float (&sum)[V]) { store<V>(sums + (k * low_threads + threadIdx.x) * V, reinterpret_cast<Packed<float, V>&>(sum)); };
+    a.each_tap<M, M == 2 * R - 1>(-(M / 2), [&](int m, int k) {
+      if (k >= 0) put(K - 1 - k, dots[m]);
+    });
+    put(K, bias_sum);
     sum_threads<true>(a, sums, K + 1, low_threads * V, low_threads * V, 32 * V, partial, [&](int first, int& c) { return (c = first_channel + first) < a.C ? split : -1; });
   }
 }
@@ -774,7 +782,7 @@ struct Toeplitz : Pass {
   int64_t in_row, out_row;               // numbers from a row to the next of its residue class, in channels_last
   int column_begin;                      // where the first line begins in out
   int line_strips, line_columns;         // of a line
-  Divisor dilation, plane_lines;
+  Divisor plane_lines;
   int lines;                             // of all planes of a channel
   Divisor bands, residues;               // of a line
   int sets, groups, side;                // a block keeps one of the sets of channels: one, or `groups` times 8; it has `side` lines of each
@@ -2002,7 +2010,8 @@ struct Planes : Pass {
   int slots, slot_bytes, out_at;      // in shared memory: slots of a chunk; bytes of each, numbers before out in it
 };
 
-constexpr int planes_threads = 256, planes_slots = 3;
+constexpr int planes_slots = 3;
+constexpr int planes_threads(int M) { return M > 21 ? 192 : 256; }
 constexpr int planes_blocks(int size, bool gradient, int R, int M) {  // of a multiprocessor, by registers
   if (M > 20) return gradient ? 2 : 3;
   return gradient ? 3 + (R == 8 && M <= 7) - fewer_blocks : 4 + (R == 8 && size == 4 && !fewer_blocks);
@@ -2010,24 +2019,26 @@ constexpr int planes_blocks(int size, bool gradient, int R, int M) {  // of a mu
 
 // As `bulk`, for planes that shared memory holds whole, at stride 1. With Gaps, planes of in are copied one by one, to
 // places with zeros between them, which taps beyond a plane meet; else planes have up to R rows, and row i of in meets row r of out where
-// |i - r| <= M / 2. With dilation the rows of a residue class lie side by side with the others' in longer rows, the last of which may end early.
+// |i - r| <= M / 2. With dilation, of more rows than R those of a residue class lie side by side with the others' in longer rows, the last of which
+// may end early.
 // A thread makes R rows of a column, the same of each chunk, by M taps at once; the last warp copies. Where an infinity
 // or NaN meets a zero, out is made anew from the definition, and the gradient of the weight by `reduce`.
 // Registers: R sums, R of x, M taps and their gradients. Shared memory: slots of planes of in and of out, where x lies before.
 template <class T, int R, int M, bool Gaps, bool Gradient>
-__global__ void __launch_bounds__(planes_threads, planes_blocks(sizeof(T), Gradient, R, M))
+__global__ void __launch_bounds__(planes_threads(M), planes_blocks(sizeof(T), Gradient, R, M))
 planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
        T* __restrict__ out, float* __restrict__ partial) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint64_t barriers[planes_slots];
-  const int K = a.K, W = a.in_width, W_out = a.out_width, in_pitch = int(a.in_plane) + a.gap, first_tap = Gaps ? 0 : -(M / 2) - a.row_shift;  // of M
+  const int K = a.K, W = a.in_width, W_out = a.out_width, in_pitch = int(a.in_plane) + a.gap;
   int slice, thread, w;
   const int split = a.slices(blockIdx.x, slice), first_channel = slice * a.planes, planes = min(a.planes, a.C - first_channel);
   const int plane = a.threads(threadIdx.x, thread), row = a.columns(thread, w) * R, in_w = w + a.column_shift, copier = threadIdx.x - (blockDim.x - 32);
   const bool works = copier < 0 && plane < planes, reached = in_w >= 0 && in_w < W;
   const auto slot_at = [&](int slot) { return reinterpret_cast<T*>(shared + slot * a.slot_bytes); };
   const auto tap = [&](int k) { return widen(weight[(first_channel + plane) * K + (a.reversed ? K - 1 - k : k)]); };
+  const auto each_tap = [&](const auto& f) { a.each_tap<M, !Gaps && M == 2 * R - 1>(Gaps ? a.row_shift : -(M / 2), f); };
   const auto load_chunk = [&](int n, int slot) {
     if (n >= a.p.N) return;
     const int64_t first_plane = int64_t(n) * a.C + first_channel;
@@ -2041,8 +2052,7 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
     if (copier == 0) arrive(barriers + slot);
   };
   float taps[M], dots[M] = {}, bias_sum = 0;
-#pragma unroll
-  for (int m = 0; m < M; ++m) taps[m] = works && weight && uint32_t(m + first_tap) < uint32_t(K) ? tap(m + first_tap) : 0;
+  each_tap([&](int m, int k) { taps[m] = works && weight ? tap(max(k, 0)) : 0, taps[m] = k < 0 ? 0 : taps[m]; });  // as in `low`
   const float initial = !Gradient && works && bias ? widen(bias[first_channel + plane]) : 0;
   if (copier >= 0) {
     if (copier == 0)
@@ -2107,7 +2117,7 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
           sum = initial;
 #pragma unroll 1
           for (int k = 0; k < K; ++k) {
-            const int i = row + r + k + a.row_shift;
+            const int i = row + r + k * int(a.dilation.divisor) + a.row_shift;
             if (reached && i >= 0 && i * W + in_w < a.in_plane) sum += tap(k) * widen(in_slot[plane * in_pitch + i * W + in_w]);
           }
           to[r * W_out] = narrow<T>(sum);
@@ -2128,9 +2138,9 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
     float* const all = reinterpret_cast<float*>(shared);  // [K + 1][threads]
     const auto put = [&](int k, float sum) { all[k * blockDim.x + threadIdx.x] = sum; };
     for (int k = 0; !Gaps && k < K; ++k) put(k, 0);  // taps that meet no row
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-      if (uint32_t(m + first_tap) < uint32_t(K)) put(K - 1 - m - first_tap, dots[m]);
+    each_tap([&](int m, int k) {
+      if (k >= 0) put(K - 1 - k, dots[m]);
+    });
     put(K, bias_sum);
     const int threads = a.threads.divisor;
     sum_threads<false>(a, all, K + 1, blockDim.x, planes * threads, planes, partial, [&](int first, int& c) { return c = first_channel + first / threads, split; });
@@ -2140,7 +2150,7 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
 
 // How a launch takes vectors of out one by one.
 struct Direct : Pass {
-  Divisor vectors, rows, channels, dilation, pixel, period;  // of a row of out; of a plane; C; the dilation; numbers of a pixel; those after which taps repeat in shared memory
+  Divisor vectors, rows, channels, pixel, period;  // of a row of out; of a plane; C; numbers of a pixel; those after which taps repeat in shared memory
   int step_column, step_row, step_plane;                     // from a thread's vector to its next: vectors, rows, planes
   int count;                                                 // of vectors, of all planes
 };
@@ -2421,7 +2431,7 @@ uint64_t alignment(const Call& c) {
 Pass make_pass(const Call& c) {
   const Problem& p = c.p;
   Pass a{p, int(p.K), int(p.C), c.transposed, c.grad_weight != nullptr, c.grad_bias != nullptr, int(p.H), int(p.W), int(p.H_out), int(p.W_out)};
-  a.row_shift = -p.padding_h, a.column_shift = -p.padding_w;
+  a.dilation = p.dilation, a.row_shift = -p.padding_h, a.column_shift = -p.padding_w;
   if (c.transposed) {
     std::swap(a.in_rows, a.out_rows), std::swap(a.in_width, a.out_width);
     a.row_shift = p.padding_h - (p.K - 1) * p.dilation, a.column_shift = p.padding_w;
@@ -2527,7 +2537,7 @@ Plan<March> march_plan(const Call& c, int V, int M) {
                  sees_grad_output(a) && filled >= .5;
   if (!plan.applies) return plan;
   a.column_begin = a.has_bias_sum ? -p.padding_w * pixel : 0, a.columns = images * walked * pixel, a.images = images, a.row = walked * pixel, a.in_shift = a.column_shift * pixel;
-  a.channels = p.C, a.tiles = tiles, a.group_tiles = group_tiles, a.dilation = p.dilation, a.residues = residues, a.planes = planes;
+  a.channels = p.C, a.tiles = tiles, a.group_tiles = group_tiles, a.residues = residues, a.planes = planes;
   plan.threads = march_threads;
   plan.shared = larger(march_threads * V * size * (gradient ? 2 : 1) * march_slots(M), gradient ? march_pitch(last ? V : 1) * sizeof(float) * (p.K + 1) : 0);
 
@@ -2558,7 +2568,7 @@ Plan<Low> low_plan(const Call& c, int V, int R, int M) {
   Plan<Low> plan{{make_pass(c)}};
   Low& a = plan.a;
   const int64_t slices = ceil_div(p.C, 32 * V), columns = p.N * p.W;
-  plan.applies = p.channels_last && dense(p) && p.H > 6 && p.H <= R && p.H == p.H_out && p.K <= (M < 2 * R - 1 ? M : 64) && p.padding_w == 0 && p.dilation == 1 && p.C % V == 0 && p.C > 16 * V &&
+  plan.applies = p.channels_last && dense(p) && p.H > 6 && p.H <= R && p.H == p.H_out && p.K <= (M == 2 * R - 1 ? 64 : M) && p.padding_w == 0 && (M == 2 * R - 1 || p.dilation == 1) && p.C % V == 0 && p.C > 16 * V &&
                  alignment(c) >= V * size_of(p.type) && all_below(1 << 29, columns, p.W * p.C, p.C * p.K);
   if (!plan.applies) return plan;
   a.width = p.W, a.slices = slices, a.columns = columns;
@@ -2590,7 +2600,7 @@ Plan<Toeplitz> toeplitz_plan(const Call& c) {
   a.column_begin = a.has_bias_sum ? -p.padding_w : 0;
   const int64_t columns = a.has_bias_sum ? p.W_out : a.out_width;  // all columns of grad_output
   const int64_t strips = ceil_div(columns, strip), residues = smaller(p.dilation, a.out_rows);
-  a.tiles = (p.K + 14) / 16 + 1, a.ring_pairs = a.tiles / 2 + 2, a.dilation = p.dilation, a.residues = residues;
+  a.tiles = (p.K + 14) / 16 + 1, a.ring_pairs = a.tiles / 2 + 2, a.residues = residues;
 
   // Shared memory of a block and of each line, warps of a strip, and those that registers have room for on a multiprocessor.
   int64_t line_strips = 1, plane_lines = strips;
@@ -2712,9 +2722,11 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   Planes& a = plan.a;
   const Device& device = current_device();
   const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
-  if (p.dilation > 1 && (p.padding_h % p.dilation || p.padding_w || p.W != p.W_out || p.dilation * p.W > planes_threads)) return plan;
-  a.in_rows = ceil_div(a.in_rows, p.dilation), a.out_rows = ceil_div(a.out_rows, p.dilation), a.row_shift /= p.dilation, a.in_width *= p.dilation, a.out_width *= p.dilation;
-  const int64_t threads = ceil_div(a.out_rows, R) * a.out_width, most = planes_threads - 32;
+  if (p.dilation > 1 && (gaps || M < 2 * R - 1 || larger(p.H, p.H_out) > R)) {
+    if (p.padding_h % p.dilation || p.padding_w || p.W != p.W_out || p.dilation * p.W > planes_threads(M)) return plan;
+    a.dilation = 1, a.in_rows = ceil_div(a.in_rows, p.dilation), a.out_rows = ceil_div(a.out_rows, p.dilation), a.row_shift /= p.dilation, a.in_width *= p.dilation, a.out_width *= p.dilation;
+  }
+  const int64_t threads = ceil_div(a.out_rows, R) * a.out_width, most = planes_threads(M) - 32;
   const bool fits = gaps ? p.K <= M && (address(c.in) | a.in_plane * size) % 16 == 0
                          : larger(a.in_rows, a.out_rows) <= R && p.K <= 64 && (M == 2 * R - 1 || (a.row_shift >= -(M / 2) && a.row_shift + p.K - 1 <= M / 2));
   if (device.capability < 9 || !dense(p) || p.channels_last || !fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K)) return plan;
@@ -2734,7 +2746,7 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   const int64_t slices = ceil_div(p.C, a.planes);
   a.slices = slices, a.out_at = out_at(a.planes) / size, a.slot_bytes = slot_bytes(a.planes), a.slots = smaller(planes_slots, room / a.slot_bytes);
   plan.threads = round_up(a.planes * threads, 32) + 32, plan.shared = larger(a.slots * a.slot_bytes, gradient ? sizeof(float) * (p.K + 1) * plan.threads : 0);
-  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 64), planes_blocks(size, gradient, R, M) * planes_threads / plan.threads);
+  const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 64), planes_blocks(size, gradient, R, M) * planes_threads(M) / plan.threads);
   a.splits = a.blocks = deal(slices, p.N, blocks);
   plan.blocks = slices * a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
@@ -2751,7 +2763,7 @@ Plan<Direct> direct_plan(const Call& c, int V) {
   plan.shared = p.channels_last ? size * period * p.K : 0;
   plan.applies = !c.transposed && plan.shared <= 32 << 10 && all_below(1 << 30, planes * p.H_out * vectors, planes, p.C * p.K, p.H + 2 * p.padding_h, p.W * p.C, p.W_out * p.C, p.W_out * p.stride_w);
   if (!plan.applies) return plan;
-  a.vectors = vectors, a.rows = p.H_out, a.channels = p.C, a.dilation = p.dilation, a.pixel = p.channels_last ? p.C : 1, a.period = period, a.count = planes * p.H_out * vectors;
+  a.vectors = vectors, a.rows = p.H_out, a.channels = p.C, a.pixel = p.channels_last ? p.C : 1, a.period = period, a.count = planes * p.H_out * vectors;
   a.step_column = direct_threads % vectors, a.step_row = direct_threads / vectors % p.H_out, a.step_plane = direct_threads / vectors / p.H_out;
   plan.threads = direct_threads;
   plan.blocks = smaller(ceil_div(a.count, direct_threads * direct_vectors(V * size, p.channels_last)), p.channels_last ? 8 * current_device().multiprocessors : INT32_MAX);
@@ -2862,8 +2874,7 @@ template <class T> Outcome launch_march(const Call& c) {
     const auto singly = [&]<int M> { return (c.transposed ? march_by<T, M, false, true, 1> : march_by<T, M, false, false, 1>)(c); };
     if (c.p.K > 15 && c.p.K < 22 && c.transposed) return march_by<T, 21, false, true, 1>(c);
     return c.p.K <= 15 ? singly.template operator()<15>() : singly.template operator()<31>();
-  } else if (c.p.K <= 7) return march_by<T, 7, false, true>(c);
-  else return c.p.K <= 11 ? by.template operator()<11>() : by.template operator()<21>();
+  } else return c.p.K <= 11 ? by.template operator()<11>() : by.template operator()<21>();
 }
 
 template <class T> Outcome launch_march_last(const Call& c) {
@@ -2886,8 +2897,10 @@ template <class T, int R, int M, bool Gradient> Outcome low_by(const Call& c) {
 
 template <class T> Outcome launch_low(const Call& c) {
   const auto by = [&]<int R, int M> { return (c.transposed ? low_by<T, R, M, true> : low_by<T, R, M, false>)(c); };
-  if (c.p.H == 7) return c.p.K <= 7 ? by.template operator()<7, 7>() : by.template operator()<7, 13>();
-  return c.p.K <= 7 ? by.template operator()<16, 7>() : by.template operator()<16, 11>();
+  const int64_t taps = c.p.dilation > 1 ? INT64_MAX : c.p.K;
+  if (c.p.H > 7 && c.p.dilation > 1 && c.p.K <= 7) return {};
+  if (c.p.H == 7) return taps <= 7 ? by.template operator()<7, 7>() : by.template operator()<7, 13>();
+  return taps <= 7 ? by.template operator()<16, 7>() : taps <= 11 ? by.template operator()<16, 11>() : by.template operator()<16, 31>();
 }
 
 template <class T> Outcome launch_toeplitz(const Call& c) {
@@ -2938,18 +2951,17 @@ template <class T> Outcome launch_planes(const Call& c) {
   const Problem& p = c.p;
   const auto by = [&]<int R, int M, bool Gaps> { return (c.transposed ? planes_by<T, R, M, Gaps, true> : planes_by<T, R, M, Gaps, false>)(c); };
   const int64_t rows = ceil_div(larger(p.H, p.H_out), p.dilation), made = ceil_div(c.transposed ? p.H : p.H_out, p.dilation);
-  if (rows <= 7) return by.template operator()<7, 13, false>();
-  if (rows <= 14 && p.K <= 11)
-    if (const Outcome outcome = p.K <= 7 ? by.template operator()<14, 7, false>() : by.template operator()<14, 11, false>()) return outcome;
-  if constexpr (sizeof(T) == 4) {
-    if (p.K > 11) return by.template operator()<8, 21, true>();
-  }
+  if (rows <= 7)
+    if (const Outcome outcome = by.template operator()<7, 13, false>()) return outcome;
+  if (rows <= 14)
+    if (const Outcome outcome = p.K <= 7 ? by.template operator()<14, 7, false>() : p.K <= 11 ? by.template operator()<14, 11, false>() : by.template operator()<14, 27, false>()) return outcome;
   const auto by_taps = [&]<int R> {
-    return p.K <= 3 ? by.template operator()<R, 3, true>() : p.K <= 7 ? by.template operator()<R, 7, true>() : by.template operator()<R, 11, true>();
+    return p.K <= 3 ? by.template operator()<R, 3, true>() : p.K <= 7 ? by.template operator()<R, 7, true>() : p.K <= 11 ? by.template operator()<R, 11, true>() : by.template operator()<R, 21, true>();
   };
   if (20 * round_up(made, 14) > 21 * round_up(made, 8))  // 14 rows leave more to spare
     if (const Outcome outcome = by_taps.template operator()<8>()) return outcome;
-  return by_taps.template operator()<14>();
+  if (const Outcome outcome = by_taps.template operator()<14>()) return outcome;
+  return by.template operator()<14, 27, false>();
 }
 
 template <class T, int V> Outcome direct_by(const Call& c) {
@@ -3064,14 +3076,14 @@ const char* launch(const Call& c) {
       {f64 && !back && rows <= 6, direct},
       {f64, walk_f64},
       {last && (back || K > 3), by_type(low_f32, low_f16, low_bf16)},
-      {rows > (back ? 0 : aligned ? 5 : 2) && !tiny && p.H * p.W < 4096 && (K <= (f32 || !tiles(.5) ? 21 : 11) || ceil_div(larger(p.H, p.H_out), p.dilation) < 8), by_type(planes_f32, planes_f16, planes_bf16)},
+      {rows > (back ? 0 : aligned ? 5 : 2) && !tiny && p.H * p.W < 4096 && (K <= (f32 || !tiles(.5) ? 21 : 11) || ceil_div(larger(p.H, p.H_out), p.dilation) < 15), by_type(planes_f32, planes_f16, planes_bf16)},
       {few_taps && !aligned && (last || p.dilation > 1) && (p.padding_w == 0 || p.W * (last ? p.C : 1) > 128), lean},
       {!back && (tiny || rows <= (dense(p) ? 6 : 20)), direct},
       {!back && (K == 3 || (last && (K == 5 || (f32 && K == 7)))), by_type(slide_f32, slide_f16, slide_bf16)},
-      {two_bytes && last && K > (back && (p.H >= 160 || p.C % 64 == 0) ? 7 : 11) && tiles(.15), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
+      {two_bytes && last && K > (back && (p.H >= 160 || p.C % 64 == 0) ? 7 : 11) && tiles(K > 11 ? .15 : .4), by_type(nullptr, toeplitz_last_f16, toeplitz_last_bf16)},
       {last && 3 * K <= (back ? 5 : 4) * rows, by_type(march_last_f32, march_last_f16, march_last_bf16)},
       {two_bytes && last && !back && !aligned, bulk},
-      {!last && (!dense(p) || (!aligned && (K <= 9 || p.W < 4 || (f32 ? !back && p.dilation == 1 && 10 * round_up(p.W_out, 64) > 13 * p.W_out : !tiles(.35))))), bulk},
+      {!last && (!dense(p) || (!aligned && (K <= 9 || p.W < 4 || (f32 ? !back && p.dilation == 1 && 10 * round_up(p.W_out, 64) > 13 * p.W_out : !tiles(!back || K > 21 ? .35 : K > 15 ? .45 : .75))))), bulk},
       {!last && (K <= 2 * rows || !aligned), by_type(march_f32, march_f16, march_bf16)},
       {!last && (f32 ? K > 13 && tiles(.5) : K > 2 && tiles(aligned_tiles(c) ? .15 : .3)), by_type(toeplitz_f32, toeplitz_f16, toeplitz_bf16)},
       {!last && back && (two_bytes || rows > 12), bulk},
