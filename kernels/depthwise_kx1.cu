@@ -157,6 +157,9 @@ struct Pass {
   }
 };
 
+// From one tap's sums in shared memory to the next's, V for each thread: as for one more, for different banks.
+__host__ __device__ constexpr int sums_pitch(int threads, int V = 1) { return (threads + 1) * V; }
+
 // Adds up a block's sums of each tap, and of grad_output, [rows][pitch] in shared memory, in fixed order: over the columns of the same channel, which lie
 // in turn or side by side. `place` says of which channel its first column's is, and which of its blocks' sums these are, or -1: nobody's.
 template <bool InTurn, class S, class Place>
@@ -219,7 +222,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
 
   Packed<T, Vw>* weights = reinterpret_cast<Packed<T, Vw>*>(shared);  // channels_last: [K][tx]
   Packed<Sum<T>, Vw>* sums = reinterpret_cast<Packed<Sum<T>, Vw>*>(shared + (ChannelsLast && weight ? (sizeof(T) * K * tx * V + 15) / 16 * 16 : 0));
-  const int dots = a.dot_end - a.dot_begin;  // [dots + 1][threads], the last for grad_bias
+  const int dots = a.dot_end - a.dot_begin, pitch = sums_pitch(blockDim.x);  // [dots + 1][pitch], the last for grad_bias
   if (ChannelsLast && weight) {
     for (int i = threadIdx.x; i < K * tx * V; i += blockDim.x) {
       int channel;
@@ -229,7 +232,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
     __syncthreads();
   }
   if (Gradient)
-    for (int i = 0; i <= dots; ++i) sums[i * blockDim.x + threadIdx.x] = {};
+    for (int i = 0; i <= dots; ++i) sums[i * pitch + threadIdx.x] = {};
 
   for (int line = split * lines_per_tile + (threadIdx.x >> a.log2_tx); line < a.lines; line += a.splits * lines_per_tile) {
     int group, channel = first_plane;
@@ -285,7 +288,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
 #pragma unroll
           for (int v = 0; v < V; ++v)
 #pragma unroll
-            for (int r = 0; r < R; ++r) sums[dots * blockDim.x + threadIdx.x].at[v % Vw] += rows[M - 1 + r][v];
+            for (int r = 0; r < R; ++r) sums[dots * pitch + threadIdx.x].at[v % Vw] += rows[M - 1 + r][v];
         }
 
         // Guarded where rows lie beyond the plane: left out, not multiplied by zero, for weight or x may be infinite.
@@ -308,7 +311,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
               }
             }
             if (Gradient && k >= a.dot_begin && k < a.dot_end) {
-              Packed<Sum<T>, Vw>& sum = sums[(k - a.dot_begin) * blockDim.x + threadIdx.x];
+              Packed<Sum<T>, Vw>& sum = sums[(k - a.dot_begin) * pitch + threadIdx.x];
 #pragma unroll
               for (int v = Vw; v < V; ++v) dot[v % Vw] += dot[v];
 #pragma unroll
@@ -340,13 +343,13 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
 
   if (Gradient && partial) {
     Sum<T>* const all = &sums[0].at[0];
-    const int columns = ChannelsLast ? tx * V : blockDim.x, pitch = Vw * blockDim.x, channels = ChannelsLast ? int(min(a.p.C, int64_t(columns))) : 1;
+    const int columns = ChannelsLast ? tx * V : blockDim.x, all_columns = Vw * blockDim.x, channels = ChannelsLast ? int(min(a.p.C, int64_t(columns))) : 1;
     if (ChannelsLast) __syncthreads();
-    for (int i = threadIdx.x; columns < pitch && i < (dots + 1) * columns; i += blockDim.x) {  // of the threads above one another
-      Sum<T>* const of = all + i / columns * pitch + i % columns;
-      for (int j = columns; j < pitch; j += columns) *of += of[j];
+    for (int i = threadIdx.x; columns < all_columns && i < (dots + 1) * columns; i += blockDim.x) {  // of the threads above one another
+      Sum<T>* const of = all + i / columns * Vw * pitch + i % columns;
+      for (int j = columns; j < all_columns; j += columns) *of += of[j];
     }
-    sum_threads<ChannelsLast>(a, all, dots + 1, pitch, columns, channels, partial, [&](int first, int& c) {
+    sum_threads<ChannelsLast>(a, all, dots + 1, Vw * pitch, columns, channels, partial, [&](int first, int& c) {
       if (!ChannelsLast) return c = first_plane, int64_t(tile_column / (tx * V)) * a.splits + split;
       const int pixel = a.channels(tile_column + first, c), whole = channels == a.p.C;
       return whole || pixel < a.pixels ? int64_t(whole ? slice : pixel) * a.splits + split : -1;
@@ -463,7 +466,6 @@ struct March : Pass {
 };
 
 constexpr int march_threads = 128;
-__host__ __device__ constexpr int march_pitch(int V) { return march_threads * V + 4; }  // of its sums, for different banks
 __host__ __device__ constexpr int march_slots(int M) { return M < 7 ? 2 * M : M; }
 // V, and blocks of a multiprocessor, for which registers and shared memory have room.
 constexpr int march_vector(int size, int M, bool channels_last, bool gradient) {
@@ -620,7 +622,7 @@ march(const __grid_constant__ March a, const T* __restrict__ in, const T* __rest
 
   if (Gradient && partial) {
     __syncthreads();
-    constexpr int pitch = march_pitch(Vw);
+    constexpr int pitch = sums_pitch(march_threads, Vw);
     float* const sums = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int m = -1; m < M; ++m)
@@ -734,13 +736,13 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
   }
   if (Gradient && partial) {
     float* const sums = reinterpret_cast<float*>(shared);
-    for (int k = 0; M == 2 * R - 1 && k < K; ++k) store<V>(sums + (k * low_threads + threadIdx.x) * V, Packed<float, V>{});  // taps that meet no row
-    const auto put = [&](int k, float (&sum)[V]) { store<V>(sums + (k * low_threads + threadIdx.x) * V, reinterpret_cast<Packed<float, V>&>(sum)); };
+    for (int k = 0; M == 2 * R - 1 && k < K; ++k) store<V>(sums + k * sums_pitch(low_threads, V) + threadIdx.x * V, Packed<float, V>{});  // taps that meet no row
+    const auto put = [&](int k, float (&sum)[V]) { store<V>(sums + k * sums_pitch(low_threads, V) + threadIdx.x * V, reinterpret_cast<Packed<float, V>&>(sum)); };
     a.each_tap<M, M == 2 * R - 1>(-(M / 2), [&](int m, int k) {
       if (k >= 0) put(K - 1 - k, dots[m]);
     });
     put(K, bias_sum);
-    sum_threads<true>(a, sums, K + 1, low_threads * V, low_threads * V, 32 * V, partial, [&](int first, int& c) { return (c = first_channel + first) < a.C ? split : -1; });
+    sum_threads<true>(a, sums, K + 1, sums_pitch(low_threads, V), low_threads * V, 32 * V, partial, [&](int first, int& c) { return (c = first_channel + first) < a.C ? split : -1; });
   }
 }
 
@@ -1988,13 +1990,13 @@ bulk(const __grid_constant__ Bulk a, const T* __restrict__ in, const T* __restri
   if (Gradient && partial) {
     __syncthreads();
     float* const all = reinterpret_cast<float*>(shared + a.slots_at);
-    const auto put = [&](int k, float sum) { all[k * bulk_threads + threadIdx.x] = sum; };
+    const auto put = [&](int k, float sum) { all[k * sums_pitch(bulk_threads) + threadIdx.x] = sum; };
 #pragma unroll
     for (int m = 0; m < in_registers; ++m)
       if (m < K) put(K - 1 - m, dots[m]);
     for (int k = in_registers; k < K; ++k) put(K - 1 - k, sums[(k - in_registers) * bulk_threads]);
     put(K, bias_sum);
-    sum_threads<false>(a, all, K + 1, bulk_threads, bulk_threads, bulk_threads >> a.log2_tx, partial, [&](int first, int& c) {
+    sum_threads<false>(a, all, K + 1, sums_pitch(bulk_threads), bulk_threads, bulk_threads >> a.log2_tx, partial, [&](int first, int& c) {
       c = first_channel + (first >> a.log2_tx);
       return c < first_channel + planes ? split : -1;
     });
@@ -2135,15 +2137,16 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
   if (copier == 0) await_stores_read();  // before the block gives up its shared memory or uses it otherwise
   if (Gradient && partial) {
     __syncthreads();
-    float* const all = reinterpret_cast<float*>(shared);  // [K + 1][threads]
-    const auto put = [&](int k, float sum) { all[k * blockDim.x + threadIdx.x] = sum; };
+    float* const all = reinterpret_cast<float*>(shared);
+    const int pitch = sums_pitch(blockDim.x);
+    const auto put = [&](int k, float sum) { all[k * pitch + threadIdx.x] = sum; };
     for (int k = 0; !Gaps && k < K; ++k) put(k, 0);  // taps that meet no row
     each_tap([&](int m, int k) {
       if (k >= 0) put(K - 1 - k, dots[m]);
     });
     put(K, bias_sum);
     const int threads = a.threads.divisor;
-    sum_threads<false>(a, all, K + 1, blockDim.x, planes * threads, planes, partial, [&](int first, int& c) { return c = first_channel + first / threads, split; });
+    sum_threads<false>(a, all, K + 1, pitch, planes * threads, planes, partial, [&](int first, int& c) { return c = first_channel + first / threads, split; });
   }
 #endif
 }
@@ -2493,9 +2496,9 @@ Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
   const size_t weights = staged ? round_up(p.K * size * V << a.log2_tx, 16) : 0;
   const size_t sums = gradient ? larger(size, sizeof(float)) * (last ? V : 1) : 0;  // bytes for each thread and tap
   plan.threads = last && M ? 256 : 128, a.dot_end = a.has_dots ? p.K : 0;
-  while (gradient && plan.threads > larger(32, 1 << a.log2_tx) && weights + sums * plan.threads * (a.dot_end + 1) > most / 2) plan.threads /= 2;
-  if (gradient) a.dot_end = smaller(a.dot_end, (most - weights) / (sums * plan.threads) - 1);
-  plan.shared = weights + sums * plan.threads * (a.dot_end + 1);
+  while (gradient && plan.threads > larger(32, 1 << a.log2_tx) && weights + sums * sums_pitch(plan.threads) * (a.dot_end + 1) > most / 2) plan.threads /= 2;
+  if (gradient) a.dot_end = smaller(a.dot_end, (most - weights) / (sums * sums_pitch(plan.threads)) - 1);
+  plan.shared = weights + sums * sums_pitch(plan.threads) * (a.dot_end + 1);
 
   const int64_t column_tiles = ceil_div(vectors, 1 << a.log2_tx), slices = column_tiles * a.plane_step, tiles = ceil_div(lines, plan.threads >> a.log2_tx);
   a.column_tiles = column_tiles, a.slices = slices;
@@ -2539,7 +2542,7 @@ Plan<March> march_plan(const Call& c, int V, int M) {
   a.column_begin = a.has_bias_sum ? -p.padding_w * pixel : 0, a.columns = images * walked * pixel, a.images = images, a.row = walked * pixel, a.in_shift = a.column_shift * pixel;
   a.channels = p.C, a.tiles = tiles, a.group_tiles = group_tiles, a.residues = residues, a.planes = planes;
   plan.threads = march_threads;
-  plan.shared = larger(march_threads * V * size * (gradient ? 2 : 1) * march_slots(M), gradient ? march_pitch(last ? V : 1) * sizeof(float) * (p.K + 1) : 0);
+  plan.shared = larger(march_threads * V * size * (gradient ? 2 : 1) * march_slots(M), gradient ? sums_pitch(march_threads, last ? V : 1) * sizeof(float) * (p.K + 1) : 0);
 
   // As few bands as keep 8 warps of a multiprocessor busy: rows where they meet are read twice. Costs are in rows.
   const Device& device = current_device();
@@ -2573,7 +2576,7 @@ Plan<Low> low_plan(const Call& c, int V, int R, int M) {
   if (!plan.applies) return plan;
   a.width = p.W, a.slices = slices, a.columns = columns;
   a.splits = a.blocks = deal(slices, ceil_div(columns, warps), low_blocks(R, M, gradient));
-  plan.blocks = slices * a.splits, plan.threads = low_threads, plan.shared = gradient ? sizeof(float) * low_threads * V * (p.K + 1) : 0;
+  plan.blocks = slices * a.splits, plan.threads = low_threads, plan.shared = gradient ? sizeof(float) * sums_pitch(low_threads, V) * (p.K + 1) : 0;
   plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
   return plan;
 }
@@ -2702,7 +2705,7 @@ Plan<Bulk> bulk_plan(const Call& c, int V, int M, Form form) {
   a.sums_at = round_up(sizeof(float) * planes * channels * p.K, modulus);
   a.slots_at = a.sums_at + sums;
   a.out_at = in_bytes(planes, band_rows), a.slot_bytes = slot_bytes(planes, band_rows);
-  plan.shared = a.slots_at + larger(bulk_slots * a.slot_bytes, gradient ? sizeof(float) * (p.K + 1) * bulk_threads : 0);
+  plan.shared = a.slots_at + larger(bulk_slots * a.slot_bytes, gradient ? sizeof(float) * (p.K + 1) * sums_pitch(bulk_threads) : 0);
   const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 256), most_blocks);
   if (!(plan.applies = blocks > 1 && a.slot_bytes > 2048)) return plan;  // chunks neither so large that a block is alone nor tiny
   // As in `walk`, short blocks where there are many chunks.
@@ -2745,7 +2748,7 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   if (!(plan.applies = a.planes > 0)) return plan;
   const int64_t slices = ceil_div(p.C, a.planes);
   a.slices = slices, a.out_at = out_at(a.planes) / size, a.slot_bytes = slot_bytes(a.planes), a.slots = smaller(planes_slots, room / a.slot_bytes);
-  plan.threads = round_up(a.planes * threads, 32) + 32, plan.shared = larger(a.slots * a.slot_bytes, gradient ? sizeof(float) * (p.K + 1) * plan.threads : 0);
+  plan.threads = round_up(a.planes * threads, 32) + 32, plan.shared = larger(a.slots * a.slot_bytes, gradient ? sizeof(float) * (p.K + 1) * sums_pitch(plan.threads) : 0);
   const int64_t blocks = smaller(device.shared_per_multiprocessor / (plan.shared + 1024 + 64), planes_blocks(size, gradient, R, M) * planes_threads(M) / plan.threads);
   a.splits = a.blocks = deal(slices, p.N, blocks);
   plan.blocks = slices * a.splits, plan.sums = {.dots = a.K, .blocks = a.blocks, .repair = true};
