@@ -166,15 +166,18 @@ template <bool InTurn, class S, class Place>
 __device__ void sum_threads(const Pass& a, const S* sums, int rows, int pitch, int columns, int channels, S* partial, const Place& place) {
   __syncthreads();
   const int each = InTurn ? 1 : columns / channels, stride = InTurn ? channels : 1, width = columns > 32 * channels ? 16 : 1, lane = threadIdx.x & (width - 1), count = rows * channels;
-  for (int i = threadIdx.x / width; i < round_up(count, 2); i += blockDim.x / width) {  // both halves of a warp
-    const int first = i / rows * each, k = i % rows, end = InTurn ? columns : min(first + each, columns);
-    double sum = 0;  // of hundreds, for few channels
+  const int step = blockDim.x / width, items = step / rows;
+  for (int i = threadIdx.x / width, item = i / rows, k = i - item * rows; i < round_up(count, 2); i += step) {  // both halves of a warp
+    const int first = item * each, end = InTurn ? columns : min(first + each, columns);
+    S sum = 0;
 #pragma unroll 4
     for (int j = first + lane * stride; j < end; j += width * stride) sum += sums[k * pitch + j];
     for (int o = width / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     int c;
     const int64_t block = place(first, c);
     if (lane == 0 && i < count && block >= 0) partial[(c * a.blocks + block) * rows + k] = sum;
+    item += items, k += step - items * rows;
+    if (k >= rows) k -= rows, ++item;
   }
 }
 
