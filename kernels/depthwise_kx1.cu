@@ -2024,8 +2024,8 @@ constexpr int planes_blocks(int size, bool gradient, int R, int M) {  // of a mu
 
 // As `bulk`, for planes that shared memory holds whole, at stride 1. With Gaps, planes of in are copied one by one, to
 // places with zeros between them, which taps beyond a plane meet; else planes have up to R rows, and row i of in meets row r of out where
-// |i - r| <= M / 2. With dilation, of more rows than R those of a residue class lie side by side with the others' in longer rows, the last of which
-// may end early.
+// |i - r| <= M / 2. Dilation: rows of a residue class lie side by side with the others' in longer rows, the last of which may end early; but if R rows
+// hold the plane and M all distances, taps are so far apart.
 // A thread makes R rows of a column, the same of each chunk, by M taps at once; the last warp copies. Where an infinity
 // or NaN meets a zero, out is made anew from the definition, and the gradient of the weight by `reduce`.
 // Registers: R sums, R of x, M taps and their gradients. Shared memory: slots of planes of in and of out, where x lies before.
@@ -2575,7 +2575,7 @@ Plan<Low> low_plan(const Call& c, int V, int R, int M) {
   Low& a = plan.a;
   const int64_t slices = ceil_div(p.C, 32 * V), columns = p.N * p.W;
   plan.applies = p.channels_last && dense(p) && p.H > 6 && p.H <= R && p.H == p.H_out && p.K <= (M == 2 * R - 1 ? 64 : M) && p.padding_w == 0 && (M == 2 * R - 1 || p.dilation == 1) && p.C % V == 0 && p.C > 16 * V &&
-                 alignment(c) >= V * size_of(p.type) && all_below(1 << 29, columns, p.W * p.C, p.C * p.K);
+                 alignment(c) >= V * size_of(p.type) && all_below(1 << 29, columns, p.W * p.C, p.C * p.K, p.K * p.dilation);
   if (!plan.applies) return plan;
   a.width = p.W, a.slices = slices, a.columns = columns;
   a.splits = a.blocks = deal(slices, ceil_div(columns, warps), low_blocks(R, M, gradient));
@@ -2735,7 +2735,7 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   const int64_t threads = ceil_div(a.out_rows, R) * a.out_width, most = planes_threads(M) - 32;
   const bool fits = gaps ? p.K <= M && (address(c.in) | a.in_plane * size) % 16 == 0
                          : larger(a.in_rows, a.out_rows) <= R && p.K <= 64 && (M == 2 * R - 1 || (a.row_shift >= -(M / 2) && a.row_shift + p.K - 1 <= M / 2));
-  if (device.capability < 9 || !dense(p) || p.channels_last || !fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K)) return plan;
+  if (device.capability < 9 || !dense(p) || p.channels_last || !fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K, p.K * p.dilation)) return plan;
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane, a.threads = threads, a.columns = a.out_width;
   const int64_t beyond = larger(larger(1, -a.row_shift), round_up(a.out_rows, R) + M - 1 + a.row_shift - a.in_rows);  // rows
   if (gaps) a.gap = round_up(((beyond + a.in_rows) * a.in_width - a.in_plane) * size, 128) / size;
