@@ -2904,7 +2904,7 @@ template <class T, int R, int M, bool Gradient> Outcome low_by(const Call& c) {
 template <class T> Outcome launch_low(const Call& c) {
   const auto by = [&]<int R, int M> { return (c.transposed ? low_by<T, R, M, true> : low_by<T, R, M, false>)(c); };
   const int64_t taps = c.p.dilation > 1 ? INT64_MAX : c.p.K;
-  if (c.p.H > 7 && c.p.dilation > 1 && c.p.K <= 7) return {};
+  if (c.p.H > 7 && c.p.dilation > 1 && c.p.K <= 7) return {};  // faster by `march`
   if (c.p.H == 7) return taps <= 7 ? by.template operator()<7, 7>() : by.template operator()<7, 13>();
   return taps <= 7 ? by.template operator()<16, 7>() : taps <= 11 ? by.template operator()<16, 11>() : by.template operator()<16, 31>();
 }
