@@ -145,7 +145,7 @@ struct Pass {
   Divisor dilation;
   int row_shift, column_shift;                 // row and column of in that tap 0 takes to row and column 0 of out, at stride 1
   int blocks;                                  // that sum x * grad_output, for each of `dots` taps, and grad_output for a channel: to partial[C][blocks][dots + 1]
-  // f(m, k) for each m < M: row r of out meets row r + first + m of in by tap k, or by none, -1.
+  // f(m, k) for each m < M: row r of out meets row r + first + m of in by tap k, or if k < 0 by none.
   template <int M, bool Dilated, class F> __device__ void each_tap(int first, const F& f) const {
     const int d = Dilated ? dilation.divisor : 1, apart = first - row_shift;
     int k = !Dilated ? apart : apart < 0 ? -dilation.steps(-apart) : dilation.over(apart), rest = apart - k * d;
@@ -157,6 +157,9 @@ struct Pass {
   }
 };
 
+// Whether M are all distances from one of R rows to another: then K and the dilation may be any.
+constexpr bool all_distances(int R, int M) { return M == 2 * R - 1; }
+
 // From one tap's sums in shared memory to the next's, V for each thread: as for one more, for different banks.
 __host__ __device__ constexpr int sums_pitch(int threads, int V = 1) { return (threads + 1) * V; }
 
@@ -166,9 +169,9 @@ template <bool InTurn, class S, class Place>
 __device__ void sum_threads(const Pass& a, const S* sums, int rows, int pitch, int columns, int channels, S* partial, const Place& place) {
   __syncthreads();
   const int each = InTurn ? 1 : columns / channels, stride = InTurn ? channels : 1, width = columns > 32 * channels ? 16 : 1, lane = threadIdx.x & (width - 1), count = rows * channels;
-  const int step = blockDim.x / width, items = step / rows;
-  for (int i = threadIdx.x / width, item = i / rows, k = i - item * rows; i < round_up(count, 2); i += step) {  // both halves of a warp
-    const int first = item * each, end = InTurn ? columns : min(first + each, columns);
+  const int step = blockDim.x / width, channel_step = step / rows;  // of i, which is `rows` times the channel and the row k: no division in the loop
+  for (int i = threadIdx.x / width, channel = i / rows, k = i - channel * rows; i < round_up(count, 2); i += step) {  // both halves of a warp
+    const int first = channel * each, end = InTurn ? columns : min(first + each, columns);
     S sum = 0;
 #pragma unroll 4
     for (int j = first + lane * stride; j < end; j += width * stride) sum += sums[k * pitch + j];
@@ -176,8 +179,8 @@ __device__ void sum_threads(const Pass& a, const S* sums, int rows, int pitch, i
     int c;
     const int64_t block = place(first, c);
     if (lane == 0 && i < count && block >= 0) partial[(c * a.blocks + block) * rows + k] = sum;
-    item += items, k += step - items * rows;
-    if (k >= rows) k -= rows, ++item;
+    channel += channel_step, k += step - channel_step * rows;
+    if (k >= rows) k -= rows, ++channel;
   }
 }
 
@@ -650,10 +653,9 @@ struct Low : Pass {
 };
 
 // For channels_last planes of up to R rows, as many of in as of out, whose row i meets row r where |i - r| <= M / 2: a thread takes a column
-// of V channels whole. (R rows meet no tap but those of 2 R - 1 distances, whatever K and the dilation.) Reads in (and x if Gradient) once, writes out once.
-// Where an infinity or NaN meets a zero, out is made anew from the definition, and the gradient of the weight by `reduce`. Registers: the
-// rows of in, out and x, of low planes also those of in and x of the next column, which are under way, the taps, and if Gradient their sums
-// and that of grad_output.
+// of V channels whole. Reads in (and x if Gradient) once, writes out once. Where an infinity or NaN meets a zero, out is made anew from the
+// definition, and the gradient of the weight by `reduce`. Registers: the rows of in, out and x, of low planes also those of in and x of the
+// next column, which are under way, the taps, and if Gradient their sums and that of grad_output.
 constexpr int low_threads = 128;
 constexpr int low_blocks(int R, int M, bool gradient) { return M == 31 ? gradient ? 2 : 4 : R == 7 ? M == 7 ? 5 : 4 : gradient ? M == 7 ? 5 : 4 : M == 7 ? 8 : 6; }  // of a multiprocessor, for which registers have room
 template <class T, int V, int R, int M, bool Gradient>
@@ -663,7 +665,7 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
   constexpr int warps = low_threads / 32;
   constexpr bool ahead = R == 7;
   extern __shared__ __align__(128) unsigned char shared[];
-  const int K = a.K, rows = a.in_rows;  // row r of out meets row r + m - M / 2 of in by sum m
+  const int K = a.K, rows = a.in_rows;
   int slice;
   const int split = a.slices(blockIdx.x, slice), first_channel = slice * 32 * V, c = first_channel + threadIdx.x % 32 * V;
   const bool busy = c < a.C;
@@ -691,7 +693,7 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
   float taps[M][V], dots[M][V] = {}, initial[V], bias_sum[V] = {};
 #pragma unroll
   for (int v = 0; v < V; ++v) initial[v] = !Gradient && bias && busy ? widen(bias[c + v]) : 0;
-  a.each_tap<M, M == 2 * R - 1>(-(M / 2), [&](int m, int k) {
+  a.each_tap<M, all_distances(R, M)>(-(M / 2), [&](int m, int k) {
     const int tap = max(k, 0);  // loads that wait for no condition are all under way at once
 #pragma unroll
     for (int v = 0; v < V; ++v) taps[m][v] = weight && busy ? widen(weight[(c + v) * K + (Gradient ? K - 1 - tap : tap)]) : 0, taps[m][v] = k < 0 ? 0 : taps[m][v];
@@ -739,9 +741,9 @@ low(const __grid_constant__ Low a, const T* __restrict__ in, const T* __restrict
   }
   if (Gradient && partial) {
     float* const sums = reinterpret_cast<float*>(shared);
-    for (int k = 0; M == 2 * R - 1 && k < K; ++k) store<V>(sums + k * sums_pitch(low_threads, V) + threadIdx.x * V, Packed<float, V>{});  // taps that meet no row
+    for (int k = 0; all_distances(R, M) && k < K; ++k) store<V>(sums + k * sums_pitch(low_threads, V) + threadIdx.x * V, Packed<float, V>{});  // taps that meet no row
     const auto put = [&](int k, float (&sum)[V]) { store<V>(sums + k * sums_pitch(low_threads, V) + threadIdx.x * V, reinterpret_cast<Packed<float, V>&>(sum)); };
-    a.each_tap<M, M == 2 * R - 1>(-(M / 2), [&](int m, int k) {
+    a.each_tap<M, all_distances(R, M)>(-(M / 2), [&](int m, int k) {
       if (k >= 0) put(K - 1 - k, dots[m]);
     });
     put(K, bias_sum);
@@ -2016,7 +2018,7 @@ struct Planes : Pass {
 };
 
 constexpr int planes_slots = 3;
-constexpr int planes_threads(int M) { return M > 21 ? 192 : 256; }
+constexpr int planes_threads(int M) { return M > 21 ? 192 : 256; }  // of a block, at most: with more, registers would spill
 constexpr int planes_blocks(int size, bool gradient, int R, int M) {  // of a multiprocessor, by registers
   if (M > 20) return gradient ? 2 : 3;
   return gradient ? 3 + (R == 8 && M <= 7) - fewer_blocks : 4 + (R == 8 && size == 4 && !fewer_blocks);
@@ -2024,8 +2026,8 @@ constexpr int planes_blocks(int size, bool gradient, int R, int M) {  // of a mu
 
 // As `bulk`, for planes that shared memory holds whole, at stride 1. With Gaps, planes of in are copied one by one, to
 // places with zeros between them, which taps beyond a plane meet; else planes have up to R rows, and row i of in meets row r of out where
-// |i - r| <= M / 2. Dilation: rows of a residue class lie side by side with the others' in longer rows, the last of which may end early; but if R rows
-// hold the plane and M all distances, taps are so far apart.
+// |i - r| <= M / 2. Rows of a residue class modulo the dilation lie side by side with the others' in longer rows, the last of which may end early, but
+// for planes of up to R rows whose distances are all among M.
 // A thread makes R rows of a column, the same of each chunk, by M taps at once; the last warp copies. Where an infinity
 // or NaN meets a zero, out is made anew from the definition, and the gradient of the weight by `reduce`.
 // Registers: R sums, R of x, M taps and their gradients. Shared memory: slots of planes of in and of out, where x lies before.
@@ -2043,7 +2045,7 @@ planes(const __grid_constant__ Planes a, const T* __restrict__ in, const T* __re
   const bool works = copier < 0 && plane < planes, reached = in_w >= 0 && in_w < W;
   const auto slot_at = [&](int slot) { return reinterpret_cast<T*>(shared + slot * a.slot_bytes); };
   const auto tap = [&](int k) { return widen(weight[(first_channel + plane) * K + (a.reversed ? K - 1 - k : k)]); };
-  const auto each_tap = [&](const auto& f) { a.each_tap<M, !Gaps && M == 2 * R - 1>(Gaps ? a.row_shift : -(M / 2), f); };
+  const auto each_tap = [&](const auto& f) { a.each_tap<M, all_distances(R, M)>(Gaps ? a.row_shift : -(M / 2), f); };
   const auto load_chunk = [&](int n, int slot) {
     if (n >= a.p.N) return;
     const int64_t first_plane = int64_t(n) * a.C + first_channel;
@@ -2574,7 +2576,7 @@ Plan<Low> low_plan(const Call& c, int V, int R, int M) {
   Plan<Low> plan{{make_pass(c)}};
   Low& a = plan.a;
   const int64_t slices = ceil_div(p.C, 32 * V), columns = p.N * p.W;
-  plan.applies = p.channels_last && dense(p) && p.H > 6 && p.H <= R && p.H == p.H_out && p.K <= (M == 2 * R - 1 ? 64 : M) && p.padding_w == 0 && (M == 2 * R - 1 || p.dilation == 1) && p.C % V == 0 && p.C > 16 * V &&
+  plan.applies = p.channels_last && dense(p) && p.H > 6 && p.H <= R && p.H == p.H_out && (all_distances(R, M) ? p.K <= 64 : p.K <= M && p.dilation == 1) && p.padding_w == 0 && p.C % V == 0 && p.C > 16 * V &&
                  alignment(c) >= V * size_of(p.type) && all_below(1 << 29, columns, p.W * p.C, p.C * p.K, p.K * p.dilation);
   if (!plan.applies) return plan;
   a.width = p.W, a.slices = slices, a.columns = columns;
@@ -2728,13 +2730,13 @@ Plan<Planes> planes_plan(const Call& c, int R, int M, bool gaps) {
   Planes& a = plan.a;
   const Device& device = current_device();
   const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
-  if (p.dilation > 1 && (gaps || M < 2 * R - 1 || larger(p.H, p.H_out) > R)) {
+  if (p.dilation > 1 && !(all_distances(R, M) && larger(p.H, p.H_out) <= R)) {
     if (p.padding_h % p.dilation || p.padding_w || p.W != p.W_out || p.dilation * p.W > planes_threads(M)) return plan;
     a.dilation = 1, a.in_rows = ceil_div(a.in_rows, p.dilation), a.out_rows = ceil_div(a.out_rows, p.dilation), a.row_shift /= p.dilation, a.in_width *= p.dilation, a.out_width *= p.dilation;
   }
   const int64_t threads = ceil_div(a.out_rows, R) * a.out_width, most = planes_threads(M) - 32;
   const bool fits = gaps ? p.K <= M && (address(c.in) | a.in_plane * size) % 16 == 0
-                         : larger(a.in_rows, a.out_rows) <= R && p.K <= 64 && (M == 2 * R - 1 || (a.row_shift >= -(M / 2) && a.row_shift + p.K - 1 <= M / 2));
+                         : larger(a.in_rows, a.out_rows) <= R && p.K <= 64 && (all_distances(R, M) || (a.row_shift >= -(M / 2) && a.row_shift + p.K - 1 <= M / 2));
   if (device.capability < 9 || !dense(p) || p.channels_last || !fits || threads > most || (c.x && c.out && (address(c.x) - address(c.out)) % 16) || !all_below(1 << 28, p.N * p.C, p.C * p.K, p.K * p.dilation)) return plan;
   a.in_numbers = p.N * p.C * a.in_plane, a.out_numbers = p.N * p.C * a.out_plane, a.threads = threads, a.columns = a.out_width;
   const int64_t beyond = larger(larger(1, -a.row_shift), round_up(a.out_rows, R) + M - 1 + a.row_shift - a.in_rows);  // rows
@@ -2903,10 +2905,11 @@ template <class T, int R, int M, bool Gradient> Outcome low_by(const Call& c) {
 
 template <class T> Outcome launch_low(const Call& c) {
   const auto by = [&]<int R, int M> { return (c.transposed ? low_by<T, R, M, true> : low_by<T, R, M, false>)(c); };
-  const int64_t taps = c.p.dilation > 1 ? INT64_MAX : c.p.K;
-  if (c.p.H > 7 && c.p.dilation > 1 && c.p.K <= 7) return {};  // faster by `march`
-  if (c.p.H == 7) return taps <= 7 ? by.template operator()<7, 7>() : by.template operator()<7, 13>();
-  return taps <= 7 ? by.template operator()<16, 7>() : taps <= 11 ? by.template operator()<16, 11>() : by.template operator()<16, 31>();
+  const bool dilated = c.p.dilation > 1;
+  if (c.p.H == 7) return c.p.K <= 7 && !dilated ? by.template operator()<7, 7>() : by.template operator()<7, 13>();
+  if (dilated && c.p.K <= 7) return {};  // faster by `march`
+  if (dilated || c.p.K > 11) return by.template operator()<16, 31>();
+  return c.p.K <= 7 ? by.template operator()<16, 7>() : by.template operator()<16, 11>();
 }
 
 template <class T> Outcome launch_toeplitz(const Call& c) {
@@ -2967,7 +2970,7 @@ template <class T> Outcome launch_planes(const Call& c) {
   if (20 * round_up(made, 14) > 21 * round_up(made, 8))  // 14 rows leave more to spare
     if (const Outcome outcome = by_taps.template operator()<8>()) return outcome;
   if (const Outcome outcome = by_taps.template operator()<14>()) return outcome;
-  return by.template operator()<14, 27, false>();
+  return by.template operator()<14, 27, false>();  // fewer taps, too, whose padding is one that no other can do
 }
 
 template <class T, int V> Outcome direct_by(const Call& c) {
