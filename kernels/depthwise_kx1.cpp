@@ -508,30 +508,6 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     }
   }
 
-  // The columns [a, b) that have no slot
-  template <class T> static INLINE void fill(const View v, T* dst, const Tile t, int64_t a, int64_t b, const R* values) {
-    int64_t first = v.col + t.q * v.step, last = first + (t.nq - 1) * v.step + 1;
-    if (t.nq <= 0) first = last = b;
-    if (v.step == 1 && first <= a && last >= b) return;
-    if (v.step > 2 && v.px == 1 && t.lanes == 1) first = last = b;  // there, too: vectors are faster, and unpack comes later
-    for (int64_t r = t.row; r < t.row + t.rows; r++)
-      for (int64_t c = a, slot = first, n; c < b; c += n) {
-        n = 1;
-        if (c == slot && c < last) {
-          slot += v.step;
-          if (v.step > 1 && !(v.step == 2 && v.px == 1 && t.lanes == 1)) continue;
-          if ((c = last) >= b) break;
-        }
-        T* to = dst + r * v.row + c * v.px;
-        if (v.lane == 1 || t.lanes == 1) {
-          if (t.present == v.px) n = (c < first ? first : c < last ? slot : b) - c;
-          const int64_t pixels = std::min(n, repeated(t.lanes) / t.lanes);
-          for (int64_t i = 0; i < n; i += pixels) i = std::min(i, n - pixels), put(to + i * v.px, values, pixels * t.present);
-        }
-        else for (int64_t l = 0; l < t.present; l++) store(to + l * v.lane, values[l]);
-      }
-  }
-
   // Output rows are taken 8 at a time and taps up to 7, both so far apart, lcm(S, D) rows of in, that a row of in once loaded meets them all; few rows, that
   // would leave most of the 8 idle, one behind another, tap by tap.
   // `table` holds the rows of in that a block meets, null where there is none; the asm keeps the compiler from unfolding it into dozens of pointers.
@@ -719,7 +695,6 @@ template <class F> void simd(int, const F& f) { f(Number<16>()); }
 #define SIMD(R, ...) simd(bytes, [&](auto number) __attribute__((always_inline)) { Vector<R, number.value>::__VA_ARGS__; })
 template <class R, class T> void pack(int bytes, const View& v, const T* src, const Tile& t, Rows<R> to) { SIMD(R, pack(v, src, t, to)); }
 template <class R, class T> void unpack(int bytes, const View& v, T* dst, const Tile& t, Rows<R> from, const R* values) { SIMD(R, unpack(v, dst, t, from, values)); }
-template <class R, class T> void fill(int bytes, const View& v, T* dst, const Tile& t, int64_t a, int64_t b, const R* values) { SIMD(R, fill(v, dst, t, a, b, values)); }
 template <class R, class T> void add(int bytes, R* sums, const T* from, int64_t count) { SIMD(R, add(sums, from, count)); }
 template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
 template <class E> void conv(int bytes, const Conv<E>& c) {
@@ -773,6 +748,33 @@ struct Job {
   double* sums;                        // of every task, (K + 1) x lanes: weight gradients, bias gradient
 };
 
+// The columns [a, b) that have no slot = values
+template <class T> void fill(const View& v, T* dst, const Tile& t, int64_t a, int64_t b, const T* values) {
+  int64_t first = v.col + t.q * v.step, last = first + (t.nq - 1) * v.step + 1, rows = t.rows;
+  if (t.nq <= 0) first = last = b;
+  if (v.step == 1 && first <= a && last >= b) return;
+  const bool dense = v.lane == 1 || t.lanes == 1;
+  // All of them where a few in a place would cost more; results come later
+  if ((v.step > 2 && v.px == 1 && t.lanes == 1) || (v.step == 1 && dense && v.row * sizeof(T) <= 2048)) first = last = b;
+  if (first == b && a == 0 && b == v.width) b = first = last = rows * b, rows = 1;  // rows that follow one another are one
+  for (int64_t r = t.row; r < t.row + rows; r++)
+    for (int64_t c = a, slot = first, n; c < b; c += n) {
+      n = 1;
+      if (c == slot && c < last) {
+        slot += v.step;
+        if (v.step > 1 && !(v.step == 2 && v.px == 1 && t.lanes == 1)) continue;
+        if ((c = last) >= b) break;
+      }
+      T* to = dst + r * v.row + c * v.px;
+      if (dense) {
+        if (t.present == v.px) n = (c < first ? first : c < last ? slot : b) - c;
+        const int64_t pixels = std::min(n, repeated(t.lanes) / t.lanes);
+        for (int64_t i = 0; i < n; i += pixels) i = std::min(i, n - pixels), std::memcpy(to + i * v.px, values, pixels * t.present * sizeof(T));
+      }
+      else for (int64_t l = 0; l < t.present; l++) to[l * v.lane] = values[l];
+    }
+}
+
 template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   using R = decltype(load(T()));
   const Problem& p = j.p;
@@ -786,7 +788,8 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   struct Free { void operator()(void* p) { std::free(p); } };
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
-  R *weights = scratch.get(), *init = weights + (K + 1) * w_tap, *sums = init + w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out, *stage = scratch.get() + size - room_staged;
+  R *weights = scratch.get(), *sums = weights + (K + 2) * w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out, *stage = scratch.get() + size - room_staged;
+  T* const init = (T*)(weights + (K + 1) * w_tap);
   const bool whole_in = j.skip && j.forward, whole_out = j.skip && !j.forward;
   std::vector<const void*> table(8 * (K + 1));
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
@@ -855,7 +858,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto result = [&](int64_t n) { return j.out ? (T*)j.out + image(vo, n) + o0 * vo.row : nullptr; };
       auto made = [&](int64_t n) { return j.staged ? (T*)stage + (n - n0) * tile_out : result(n); };
       for (int64_t n = n0; n < n0 + images && j.out; n++)
-        fill(j.bytes, vo, made(n) - o0 * vo.row, tout(n), ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
+        fill(vo, made(n) - o0 * vo.row, tout(n), ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
         using E = std::remove_pointer_t<decltype(weights)>;
         const auto* init = weights + K * w_tap;
@@ -900,7 +903,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       if (!j.direct && nq > 0) {
         compute(in_buffer(buffer_out, vo, room_out, whole_out),
                 packed(vi, j.out || j.want_weight ? j.in : nullptr, tin, buffer_in, room_in, whole_in), packed(vo, j.want_weight ? j.x : nullptr, tout, buffer_x, room_out, whole_out), weights);
-        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, made(n0 + n) - o0 * vo.row, tout(n0 + n), Rows<R>{buffer_out + n * room_out, packed_row(tout(n0 + n).nq)}, init);
+        for (int64_t n = 0; n < images && j.out; n++) unpack(j.bytes, vo, made(n0 + n) - o0 * vo.row, tout(n0 + n), Rows<R>{buffer_out + n * room_out, packed_row(tout(n0 + n).nq)}, weights + K * w_tap);
       }
       for (int64_t n = n0; n < n0 + images && j.staged; n++) copy_past_caches((char*)result(n), (const char*)made(n), tile_out * sizeof(T));
       if (j.want_bias) {  // its own share of all of grad_output, columns and rows that meet no x included
