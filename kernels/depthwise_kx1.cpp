@@ -1006,7 +1006,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
   j.multiple = j.direct && gaps && !j.windows ? at_once : 1;
   j.bytes = j.windows || (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) ? vector_bytes : bytes;
-  if (j.direct && j.forward) j.nq = std::min(Q, 8 * wanted / j.lanes);
+  if (j.direct && j.forward) j.nq = std::min(Q, (p.K > 1 ? 8 : 32) * wanted / j.lanes);  // few where rows are met again, else whole ones, which threads seldom share
   else if (j.forward && p.channels_last) j.nq = std::min(Q, std::max(j.nq, budget / 2 / (j.vin.rows + j.vout.rows) / j.lanes));
   else if (j.direct && Q * j.lanes <= 4 * wanted) j.nq = Q;  // whole rows follow one another in memory
   if (narrow && p.stride_w > 1 && p.stride_w <= 8 && j.nq == j.q_end - j.q_begin) {
