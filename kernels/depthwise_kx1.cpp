@@ -753,9 +753,9 @@ template <class T> void fill(const View& v, T* dst, const Tile& t, int64_t a, in
   int64_t first = v.col + t.q * v.step, last = first + (t.nq - 1) * v.step + 1, rows = t.rows;
   if (t.nq <= 0) first = last = b;
   if (v.step == 1 && first <= a && last >= b) return;
-  const bool dense = v.lane == 1 || t.lanes == 1;
-  // All of them where a few in a place would cost more; results come later
-  if ((v.step > 2 && v.px == 1 && t.lanes == 1) || (v.step == 1 && dense && v.row * sizeof(T) <= 2048)) first = last = b;
+  const bool dense = v.lane == 1 || t.lanes == 1, whole = dense && t.present == v.px;  // the lanes of a pixel lie side by side; they are all of its numbers
+  // All columns where a few in a place would cost more; results come later
+  if (whole && (v.step == 1 ? v.row * sizeof(T) <= 2048 : v.step > 2 && v.px == 1)) first = last = b;
   if (first == b && a == 0 && b == v.width) b = first = last = rows * b, rows = 1;  // rows that follow one another are one
   for (int64_t r = t.row; r < t.row + rows; r++)
     for (int64_t c = a, slot = first, n; c < b; c += n) {
@@ -767,7 +767,7 @@ template <class T> void fill(const View& v, T* dst, const Tile& t, int64_t a, in
       }
       T* to = dst + r * v.row + c * v.px;
       if (dense) {
-        if (t.present == v.px) n = (c < first ? first : c < last ? slot : b) - c;
+        if (whole) n = (c < first ? first : c < last ? slot : b) - c;
         const int64_t pixels = std::min(n, repeated(t.lanes) / t.lanes);
         for (int64_t i = 0; i < n; i += pixels) i = std::min(i, n - pixels), std::memcpy(to + i * v.px, values, pixels * t.present * sizeof(T));
       }
@@ -789,7 +789,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
   if (!scratch) throw std::bad_alloc();
   R *weights = scratch.get(), *sums = weights + (K + 2) * w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out, *stage = scratch.get() + size - room_staged;
-  T* const init = (T*)(weights + (K + 1) * w_tap);
+  T* const values = (T*)(weights + (K + 1) * w_tap);  // of a pixel of out that meets no x
   const bool whole_in = j.skip && j.forward, whole_out = j.skip && !j.forward;
   std::vector<const void*> table(8 * (K + 1));
   std::vector<double> totals(j.sums ? K * tap + ns : 0);
@@ -810,7 +810,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
     };
     if (c0 != built) {
       if (whole_out) std::fill(buffer_out, buffer_x, R(0));
-      build(init, K, lanes);
+      build(values, K, lanes);
       for (int64_t k = j.weight ? 0 : K; k <= K; k++) j.direct ? build((T*)weights + k * w_tap, k, padded) : build(weights + k * w_tap, k, lanes);
     }
     built = c0;
@@ -858,7 +858,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto result = [&](int64_t n) { return j.out ? (T*)j.out + image(vo, n) + o0 * vo.row : nullptr; };
       auto made = [&](int64_t n) { return j.staged ? (T*)stage + (n - n0) * tile_out : result(n); };
       for (int64_t n = n0; n < n0 + images && j.out; n++)
-        fill(vo, made(n) - o0 * vo.row, tout(n), ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, init);
+        fill(vo, made(n) - o0 * vo.row, tout(n), ct ? vo.col + q0 * vo.step : 0, ct + 1 < j.column_tiles ? vo.col + (q0 + nq) * vo.step : vo.width, values);
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
         using E = std::remove_pointer_t<decltype(weights)>;
         const auto* init = weights + K * w_tap;
@@ -1006,7 +1006,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
   j.multiple = j.direct && gaps && !j.windows ? at_once : 1;
   j.bytes = j.windows || (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) ? vector_bytes : bytes;
-  if (j.direct && j.forward) j.nq = std::min(Q, (p.K > 1 ? 8 : 32) * wanted / j.lanes);  // few where rows are met again, else whole ones, which threads seldom share
+  if (j.direct && j.forward) j.nq = std::min(Q, (p.K > 1 ? 8 : 32) * wanted / j.lanes);  // whole rows of one tap: none is met again, and threads that share one take each other's lines
   else if (j.forward && p.channels_last) j.nq = std::min(Q, std::max(j.nq, budget / 2 / (j.vin.rows + j.vout.rows) / j.lanes));
   else if (j.direct && Q * j.lanes <= 4 * wanted) j.nq = Q;  // whole rows follow one another in memory
   if (narrow && p.stride_w > 1 && p.stride_w <= 8 && j.nq == j.q_end - j.q_begin) {
