@@ -6,10 +6,11 @@ enum class Type { f32, f64, f16, bf16 };
 // One depthwise (K x 1) convolution: sizes in elements, padding above and to the left
 // (what lies below and to the right follows from H_out and W_out).
 // x is (N, C, H, W), y (N, C, H_out, W_out), both dense in NHWC order if channels_last, else NCHW; weight (C, K), bias (C), dense.
+// x_channels_last: x alone is in NHWC order (float64 forward on CUDA).
 struct Problem {
   int64_t N, C, H, W, H_out, W_out, K, stride_h, stride_w, padding_h, padding_w, dilation;
   Type type;
-  bool channels_last;
+  bool channels_last, x_channels_last;
 };
 
 // A call of the CUDA kernels (kernels/depthwise_kx1.cu), on `stream` of the current device. Forward: in is x, out y. Transposed: in is
@@ -1214,7 +1215,9 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   On on(x);
   Tensor y = on.empty({p.N, p.C, p.H_out, p.W_out}, x.scalar_type(), format(p));
   if (y.numel() == 0) return y;
-  Tensor xd = x.contiguous(format(p)), w = weight.contiguous(), b = bias ? bias->contiguous() : Tensor();
+  p.x_channels_last = p.type == Type::f64 && x.is_cuda() && !x.is_contiguous() && x.is_contiguous(MemoryFormat::ChannelsLast) &&
+                      p.W * p.C * p.stride_h * p.dilation < 1 << 27;  // 32-bit indices
+  Tensor xd = p.x_channels_last ? x : x.contiguous(format(p)), w = weight.contiguous(), b = bias ? bias->contiguous() : Tensor();
   on.forward(plainest(p), data(xd), data(w), data(b), mutable_data(y));
   return y;
 }

@@ -191,6 +191,7 @@ struct Walk : Pass {
   int row_begin;                                   // the first row of out that is walked, and the pixels, of out or, transposed, of in:
   int pixel_begin, pixels;                         // beyond those that meet where a bias gradient wants that
   Divisor pixel, channels;                         // numbers in a pixel: C if channels_last, else 1; C
+  int in_pixel;                                    // of in, which alone may be channels_last
   Divisor in_step, out_step;
   int taps_step;                                   // taps that share rows are this far apart
   Divisor groups, groups_per_residue;              // of R rows, one out_step apart: in a plane; in a residue class mod out_step
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
   const int pixel = a.pixel(tile_column + lane * V, c), of_y = a.pixel_begin + pixel, of_x = of_y * int(a.p.stride_w) - int(a.p.padding_w);
   const int w = Gradient ? of_x : of_y, in_w = Gradient ? of_y : of_x;
   const bool walked = pixel < a.pixels, owned = walked && w >= 0 && w < a.out_width, reached = walked && in_w >= 0 && in_w < a.in_width;
-  const int in_column = in_w * int(a.pixel.divisor) + c, out_column = w * int(a.pixel.divisor) + c;
+  const int in_column = in_w * a.in_pixel + c, out_column = w * int(a.pixel.divisor) + c;
   const uint32_t in_stride = a.in_columns * a.in_step.divisor, out_stride = a.out_columns * a.out_step.divisor;
 
   Packed<T, Vw>* weights = reinterpret_cast<Packed<T, Vw>*>(shared);  // channels_last: [K][tx]
@@ -241,9 +242,13 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
     for (int i = 0; i <= dots; ++i) sums[i * pitch + threadIdx.x] = {};
 
   for (int line = split * lines_per_tile + (threadIdx.x >> a.log2_tx); line < a.lines; line += a.splits * lines_per_tile) {
-    int group, channel = first_plane;
-    const int plane = a.groups(line, group) * a.plane_step + first_plane;
-    if (!Gradient || ChannelsLast) a.channels(plane, channel);
+    int group, channel = first_plane, image = 0, plane;
+    const bool x_last = sizeof(T) == 8 && !Gradient && a.in_pixel > 1;  // lines side by side are of neighbouring channels, so that sectors of x and y are whole
+    if (x_last) image = a.groups(a.channels(line, channel), group), plane = image * a.C + channel;
+    else {
+      plane = a.groups(line, group) * a.plane_step + first_plane;
+      if (!Gradient || ChannelsLast) a.channels(plane, channel);
+    }
     int row = a.row_begin;
     if (a.out_step.divisor > 1) row += a.groups_per_residue(group, group);
     row += group * R * int(a.out_step.divisor);
@@ -251,7 +256,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
     const uint32_t mine = owned ? inside() : 0;
     const uint32_t paired = Gradient && reached && dots ? mine : 0;
     const int64_t out_at = plane * a.out_plane + int64_t(row) * int(a.out_columns) + out_column;
-    const T* const plane_in = in + (plane * a.in_plane + in_column);
+    const T* const plane_in = in + ((x_last ? image * a.in_plane + channel : plane * a.in_plane) + in_column);
 
     Sum<T> acc[R][V], own[R][V], rows[R + M - 1][V];
 #pragma unroll
@@ -2444,8 +2449,8 @@ Pass make_pass(const Call& c) {
     std::swap(a.in_rows, a.out_rows), std::swap(a.in_width, a.out_width);
     a.row_shift = p.padding_h - (p.K - 1) * p.dilation, a.column_shift = p.padding_w;
   }
-  const int64_t pixel = p.channels_last ? p.C : 1;
-  a.in_columns = a.in_width * pixel, a.out_columns = a.out_width * pixel;
+  const int64_t pixel = p.channels_last ? p.C : 1, in_pixel = p.x_channels_last ? p.C : pixel;
+  a.in_columns = a.in_width * in_pixel, a.out_columns = a.out_width * pixel;
   a.in_plane = int64_t(a.in_columns) * a.in_rows, a.out_plane = int64_t(a.out_columns) * a.out_rows;
   return a;
 }
@@ -2483,19 +2488,19 @@ Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
   if (a.has_bias_sum) a.row_begin = -p.padding_h, row_end = larger(p.H, (p.H_out - 1) * s - p.padding_h + 1);  // all rows that grad_output meets by tap 0
   a.pixel_begin = gradient && !a.has_bias_sum ? p.padding_w / p.stride_w : 0;
   a.pixels = (gradient ? larger(a.has_bias_sum ? p.W_out : 0, ceil_div(p.W + p.padding_w, p.stride_w)) : p.W_out) - a.pixel_begin;
-  a.pixel = last ? p.C : 1, a.channels = p.C;
+  a.pixel = last ? p.C : 1, a.in_pixel = last || p.x_channels_last ? p.C : 1, a.channels = p.C;
   const int64_t in_step = gradient ? d / g : s * d / g, out_step = gradient ? s * d / g : d / g;
   a.in_step = in_step, a.out_step = out_step, a.taps_step = s / g;
   const int64_t rows = row_end - a.row_begin, vectors = a.pixels * int64_t(a.pixel.divisor) / V, planes = last ? p.N : p.N * p.C;
   const int64_t groups_per_residue = ceil_div(ceil_div(rows, out_step), R), groups = smaller(out_step, rows) * groups_per_residue;
   a.plane_step = gradient && !last ? p.C : 1;
-  const int64_t lines = planes / a.plane_step * groups, widest = larger(p.W, p.W_out) * a.pixel.divisor;
+  const int64_t lines = planes / a.plane_step * groups, widest = larger(p.W * a.in_pixel, p.W_out * int64_t(a.pixel.divisor));
   plan.applies = all_below(1 << 30, lines, p.H + 2 * p.padding_h, planes, widest) && widest * larger(in_step, out_step) * (R + 10) < 1ll << 32;
   if (!plan.applies) return plan;
   a.groups_per_residue = groups_per_residue, a.groups = groups, a.lines = lines;
 
   const int64_t most = current_device().shared_bytes;
-  while (a.log2_tx < ((V == 1 ? size > 2 : M == 0) ? 6 : 5) && (1 << a.log2_tx) < vectors) ++a.log2_tx;
+  while (a.log2_tx < (p.x_channels_last ? 3 : (V == 1 ? size > 2 : M == 0) ? 6 : 5) && (1 << a.log2_tx) < vectors) ++a.log2_tx;
   const bool staged = last && c.weight && M;
   while (staged && a.log2_tx && (p.K * size * V << a.log2_tx) > most / 4) --a.log2_tx;
   const size_t weights = staged ? round_up(p.K * size * V << a.log2_tx, 16) : 0;
@@ -3080,6 +3085,7 @@ const char* launch(const Call& c) {
   const auto by_type = [&](Attempt* of_f32, Attempt* of_f16, Attempt* of_bf16) { return f32 ? of_f32 : p.type == Type::f16 ? of_f16 : of_bf16; };
   Attempt *const bulk = by_type(bulk_f32, bulk_f16, bulk_bf16), *const lean = by_type(lean_f32, lean_f16, lean_bf16), *const direct = f64 ? direct_f64 : by_type(direct_f32, direct_f16, direct_bf16);
   const struct { bool holds; Attempt* attempt; } table[] = {
+      {p.x_channels_last, walk_f64},
       {small, f64 ? single_f64 : by_type(single_f32, single_f16, single_bf16)},
       {few_taps && out_per_multiprocessor < 12000, lean},
       {f64 && !back && rows <= 6, direct},
