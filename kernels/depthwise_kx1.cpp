@@ -1216,7 +1216,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   Tensor y = on.empty({p.N, p.C, p.H_out, p.W_out}, x.scalar_type(), format(p));
   if (y.numel() == 0) return y;
   p.x_channels_last = p.type == Type::f64 && x.is_cuda() && !x.is_contiguous() && x.is_contiguous(MemoryFormat::ChannelsLast) &&
-                      p.W * p.C * p.stride_h * p.dilation < 1 << 27;  // 32-bit indices
+                      std::max(p.W, p.W_out) * p.C * p.stride_h * p.dilation < 1 << 27;  // 32-bit indices
   Tensor xd = p.x_channels_last ? x : x.contiguous(format(p)), w = weight.contiguous(), b = bias ? bias->contiguous() : Tensor();
   on.forward(plainest(p), data(xd), data(w), data(b), mutable_data(y));
   return y;

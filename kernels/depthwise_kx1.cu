@@ -191,7 +191,6 @@ struct Walk : Pass {
   int row_begin;                                   // the first row of out that is walked, and the pixels, of out or, transposed, of in:
   int pixel_begin, pixels;                         // beyond those that meet where a bias gradient wants that
   Divisor pixel, channels;                         // numbers in a pixel: C if channels_last, else 1; C
-  int in_pixel;                                    // of in, which alone may be channels_last
   Divisor in_step, out_step;
   int taps_step;                                   // taps that share rows are this far apart
   Divisor groups, groups_per_residue;              // of R rows, one out_step apart: in a plane; in a residue class mod out_step
@@ -206,8 +205,8 @@ struct Walk : Pass {
 // Reads `in` (and x if Gradient) once but for the rows that threads above one another share, which L1 serves; writes out
 // once. A thread makes R rows of V numbers, by M taps at a time. Registers: R x V sums, R + M - 1 rows of in, R of x.
 // Gradient also sums x * grad_output for each tap, and grad_output, per thread in shared memory and at its end per block
-// in `partial`.
-template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient>
+// in `partial`. InLast: in alone is channels_last; lines side by side are of neighbouring channels, so that sectors of both tensors are whole.
+template <class T, int V, int R, int M, bool ChannelsLast, bool Gradient, bool InLast = false>
 __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4) walk(const __grid_constant__ Walk a, const T* __restrict__ in, const T* __restrict__ x,
                                             const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ out,
                                             Sum<T>* __restrict__ partial) {
@@ -224,7 +223,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
   const int pixel = a.pixel(tile_column + lane * V, c), of_y = a.pixel_begin + pixel, of_x = of_y * int(a.p.stride_w) - int(a.p.padding_w);
   const int w = Gradient ? of_x : of_y, in_w = Gradient ? of_y : of_x;
   const bool walked = pixel < a.pixels, owned = walked && w >= 0 && w < a.out_width, reached = walked && in_w >= 0 && in_w < a.in_width;
-  const int in_column = in_w * a.in_pixel + c, out_column = w * int(a.pixel.divisor) + c;
+  const int in_column = in_w * int(InLast ? a.C : a.pixel.divisor) + c, out_column = w * int(a.pixel.divisor) + c;
   const uint32_t in_stride = a.in_columns * a.in_step.divisor, out_stride = a.out_columns * a.out_step.divisor;
 
   Packed<T, Vw>* weights = reinterpret_cast<Packed<T, Vw>*>(shared);  // channels_last: [K][tx]
@@ -243,8 +242,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
 
   for (int line = split * lines_per_tile + (threadIdx.x >> a.log2_tx); line < a.lines; line += a.splits * lines_per_tile) {
     int group, channel = first_plane, image = 0, plane;
-    const bool x_last = sizeof(T) == 8 && !Gradient && a.in_pixel > 1;  // lines side by side are of neighbouring channels, so that sectors of x and y are whole
-    if (x_last) image = a.groups(a.channels(line, channel), group), plane = image * a.C + channel;
+    if (InLast) image = a.groups(a.channels(line, channel), group), plane = image * a.C + channel;
     else {
       plane = a.groups(line, group) * a.plane_step + first_plane;
       if (!Gradient || ChannelsLast) a.channels(plane, channel);
@@ -256,7 +254,7 @@ __global__ void __launch_bounds__(ChannelsLast ? 256 : 128, ChannelsLast ? 2 : 4
     const uint32_t mine = owned ? inside() : 0;
     const uint32_t paired = Gradient && reached && dots ? mine : 0;
     const int64_t out_at = plane * a.out_plane + int64_t(row) * int(a.out_columns) + out_column;
-    const T* const plane_in = in + ((x_last ? image * a.in_plane + channel : plane * a.in_plane) + in_column);
+    const T* const plane_in = in + ((InLast ? image * a.in_plane + channel : plane * a.in_plane) + in_column);
 
     Sum<T> acc[R][V], own[R][V], rows[R + M - 1][V];
 #pragma unroll
@@ -2488,13 +2486,13 @@ Plan<Walk> walk_plan(const Call& c, const void* kernel, int V, int R, int M) {
   if (a.has_bias_sum) a.row_begin = -p.padding_h, row_end = larger(p.H, (p.H_out - 1) * s - p.padding_h + 1);  // all rows that grad_output meets by tap 0
   a.pixel_begin = gradient && !a.has_bias_sum ? p.padding_w / p.stride_w : 0;
   a.pixels = (gradient ? larger(a.has_bias_sum ? p.W_out : 0, ceil_div(p.W + p.padding_w, p.stride_w)) : p.W_out) - a.pixel_begin;
-  a.pixel = last ? p.C : 1, a.in_pixel = last || p.x_channels_last ? p.C : 1, a.channels = p.C;
+  a.pixel = last ? p.C : 1, a.channels = p.C;
   const int64_t in_step = gradient ? d / g : s * d / g, out_step = gradient ? s * d / g : d / g;
   a.in_step = in_step, a.out_step = out_step, a.taps_step = s / g;
   const int64_t rows = row_end - a.row_begin, vectors = a.pixels * int64_t(a.pixel.divisor) / V, planes = last ? p.N : p.N * p.C;
   const int64_t groups_per_residue = ceil_div(ceil_div(rows, out_step), R), groups = smaller(out_step, rows) * groups_per_residue;
   a.plane_step = gradient && !last ? p.C : 1;
-  const int64_t lines = planes / a.plane_step * groups, widest = larger(p.W * a.in_pixel, p.W_out * int64_t(a.pixel.divisor));
+  const int64_t lines = planes / a.plane_step * groups, widest = larger(p.W, p.W_out) * (p.x_channels_last ? p.C : int64_t(a.pixel.divisor));
   plan.applies = all_below(1 << 30, lines, p.H + 2 * p.padding_h, planes, widest) && widest * larger(in_step, out_step) * (R + 10) < 1ll << 32;
   if (!plan.applies) return plan;
   a.groups_per_residue = groups_per_residue, a.groups = groups, a.lines = lines;
@@ -2828,9 +2826,9 @@ constexpr int walk_rows(int size, int V, int M, bool channels_last, bool gradien
   return channels_last ? gradient ? 4 : 8 : gradient ? 5 : 7;
 }
 
-template <class T, int V, int M, bool ChannelsLast, bool Gradient> Outcome walk_by(Call c) {
+template <class T, int V, int M, bool ChannelsLast, bool Gradient, bool InLast = false> Outcome walk_by(Call c) {
   constexpr int R = walk_rows(sizeof(T), V, M, ChannelsLast, Gradient);
-  const auto kernel = walk<T, V, R, M, ChannelsLast, Gradient>;
+  const auto kernel = walk<T, V, R, M, ChannelsLast, Gradient, InLast>;
   Plan<Walk> plan = walk_plan(c, reinterpret_cast<const void*>(kernel), V, R, M);
   Walk& a = plan.a;
   if (!plan.applies) return "more than 2^30 planes or rows, or rows too wide, for 32-bit indices";
@@ -2866,7 +2864,9 @@ template <class T, int V> Outcome launch_walk(const Call& c) {
   if constexpr (V > 1 && sizeof(T) == 2) {  // few taps: by vectors of 16 bytes
     if (c.p.K <= 3 && c.p.channels_last && c.transposed && alignment(c) >= 16) return walk_by<T, 8, 3, true, true>(c);
   }
-  if constexpr (sizeof(T) < 8) {
+  if constexpr (sizeof(T) == 8) {
+    if (c.p.x_channels_last) return walk_by<T, 1, 7, false, false, true>(c);
+  } else {
     if (c.p.channels_last) return (c.transposed ? walk_by<T, V, 7, true, true> : walk_by<T, V, 7, true, false>)(c);
   }
   if constexpr (sizeof(T) > 2 || V == 1) return (c.transposed ? walk_by<T, V, 7, false, true> : walk_by<T, V, 7, false, false>)(c);
