@@ -46,8 +46,7 @@ void cpu_backward(const Problem&, const void* grad_output, const void* x, const 
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
-#include <memory>
-#include <stdexcept>
+#include <new>
 #include <type_traits>
 #include <vector>
 #define INLINE __attribute__((always_inline)) inline
@@ -627,7 +626,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
       for (int r = 0; r < N; r++, gi += g_step) get(gr[r], gi);
       for (int64_t c = 0; c < classes; c++, to += tap) {
         const int64_t taps = least + (c < more);
-        each_taps<most>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
+        each_taps<N == 7 ? most : 3>(taps, [&](int64_t k, auto number) __attribute__((always_inline)) {
           constexpr int T = number;
           V sum[T][vectors<E>];
           R* first = to + k * step;
@@ -686,31 +685,31 @@ template <class F> __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx
 template <class F> __attribute__((target("avx2,fma,f16c"))) void avx2(const F& f) { f(Number<32>()); }
 static const int vector_bytes = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 64
                        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? 32 : 16;
-constexpr bool can_store_past_caches = true;
-template <class F> void simd(int bytes, const F& f) { bytes == 64 ? avx512(f) : bytes == 32 ? avx2(f) : f(Number<16>()); }
+constexpr bool x86 = true;
+template <class E, class F> void simd(int bytes, const F& f) {
+  if (bytes == 64) avx512(f);
+  else if (sizeof(E) == 2 || bytes == 32) avx2(f);
+  else if constexpr (sizeof(E) > 2) f(Number<16>());  // with few registers 16-bit types are packed
+}
 #else
 static const int vector_bytes = 16;
-constexpr bool can_store_past_caches = false;
-template <class F> void simd(int, const F& f) { f(Number<16>()); }
+constexpr bool x86 = false;
+template <class E, class F> void simd(int, const F& f) { if constexpr (!std::is_same_v<E, Half>) f(Number<16>()); }
 #endif
-#define SIMD(R, ...) simd(bytes, [&](auto number) __attribute__((always_inline)) { Vector<R, number.value>::__VA_ARGS__; })
+#define SIMD(E, ...) simd<E>(bytes, [&](auto number) __attribute__((always_inline)) { Vector<decltype(load(E())), number.value>::__VA_ARGS__; })
 template <class R, class T> void pack(int bytes, const View& v, const T* src, const Tile& t, Rows<R> to) { SIMD(R, pack(v, src, t, to)); }
 template <class R, class T> void unpack(int bytes, const View& v, T* dst, const Tile& t, Rows<R> from, const R* values) { SIMD(R, unpack(v, dst, t, from, values)); }
 template <class R, class T> void add(int bytes, R* sums, const T* from, int64_t count) { SIMD(R, add(sums, from, count)); }
 template <class R> void flush(int bytes, double* to, R* from, int64_t n) { SIMD(R, flush(to, from, n)); }
 template <class E> void conv(int bytes, const Conv<E>& c) {
-  using R = decltype(load(E()));
 #if defined(__x86_64__)
   if constexpr (sizeof(E) < 8)
-    if (c.windows) return avx512([&](auto) __attribute__((always_inline)) { Vector<R, 64>::template conv<true, true>(c); });
+    if (c.windows) return avx512([&](auto) __attribute__((always_inline)) { Vector<float, 64>::conv<true, true>(c); });
 #endif
-  if ((c.in.skip || c.out_rows * std::gcd(c.S, c.D) <= 4 * c.D || std::lcm(c.S, c.D) >= c.K * c.D) && c.slots * int64_t(sizeof(R)) >= 4 * bytes) SIMD(R, template conv<true, false>(c));
-  else SIMD(R, template conv<false, false>(c));
+  if ((c.in.skip || c.out_rows * std::gcd(c.S, c.D) <= 4 * c.D || std::lcm(c.S, c.D) >= c.K * c.D) && c.slots * int64_t(sizeof(load(E()))) >= 4 * bytes) SIMD(E, template conv<true, false>(c));
+  else SIMD(E, template conv<false, false>(c));
 }
-template <class E> void correlate(int bytes, const Correlation<E>& c) {
-  using R = decltype(load(E()));
-  SIMD(R, correlate(c));
-}
+template <class E> void correlate(int bytes, const Correlation<E>& c) { SIMD(E, correlate(c)); }
 // Those of float serve the 16-bit types, too
 extern template void conv(int, const Conv<float>&);
 extern template void correlate(int, const Correlation<float>&);
@@ -786,10 +785,9 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
   const int64_t room_in = j.in_rows * ns, room_out = j.band * ns;  // of an image's tile, packed
   const int64_t room_staged = j.staged ? j.together * j.band * j.vout.row : 0;
   const int64_t size = (K + 2) * w_tap + K * tap + ns + (j.direct ? ns : j.together * (room_in + 2 * room_out) + 16 * j.lanes /* which the last transposition reads too much */) + room_staged;
-  struct Free { void operator()(void* p) { std::free(p); } };
-  std::unique_ptr<R, Free> scratch((R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64));
-  if (!scratch) throw std::bad_alloc();
-  R *weights = scratch.get(), *sums = weights + (K + 2) * w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out, *stage = scratch.get() + size - room_staged;
+  struct Scratch { R* data; ~Scratch() { std::free(data); } } scratch{(R*)std::aligned_alloc(64, (size * sizeof(R) + 127) / 64 * 64)};
+  if (!scratch.data) throw std::bad_alloc();
+  R *weights = scratch.data, *sums = weights + (K + 2) * w_tap, *bias_sums = sums + K * tap, *buffer_in = bias_sums + ns, *buffer_out = buffer_in + j.together * room_in, *buffer_x = buffer_out + j.together * room_out, *stage = weights + size - room_staged;
   T* const values = (T*)(weights + (K + 1) * w_tap);  // of a pixel of out that meets no x
   const bool whole_in = j.skip && j.forward, whole_out = j.skip && !j.forward;
   std::vector<const void*> table(8 * (K + 1));
@@ -943,14 +941,14 @@ void bfloat16_tasks(const Job&, int64_t begin, int64_t end);
 }  // namespace cpu
 // ---- end of what is compiled with each of the next four parts ----
 
-#include <torch/csrc/stable/c/shim.h>
+extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*), void*);  // of torch/csrc/stable/c/shim.h
 template void conv(int, const Conv<float>&);
 template void correlate(int, const Correlation<float>&);
 
 namespace {
 template <class F> void parallel(int64_t n, int64_t grain, const F& f) {  // torch's own threads: an OpenMP of ours would not be governed by torch
   if (torch_parallel_for(0, n, grain, [](int64_t b, int64_t e, void* c) { (*(const F*)c)(b, e); }, (void*)&f))
-    throw std::runtime_error("depthwise_kx1: a CPU task failed");
+    throw std::bad_alloc();  // all that fails in a task
 }
 
 // Cuts the work into tiles that stay in cache and tasks of some 32 Ki elements, and runs it.
@@ -1003,7 +1001,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   const bool spread = met * std::gcd(j.vin.row * element, int64_t(65536)) <= 32 * 65536;
   j.windows = vector_bytes == 64 && j.forward && p.channels_last && (gaps || (element * run < 64 && (element == 2 || p.padding_w > 0))) && spread &&
               element * j.lanes < 64 && (p.stride_w > 1 ? std::min(p.K, ceil_div(p.H, p.dilation)) : p.K) < (p.type == Type::f16 ? 9 : p.type == Type::bf16 ? 24 : 32) && p.type != Type::f64;
-  j.direct = j.windows || ((p.type != Type::f16 || bytes > 16) && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
+  j.direct = j.windows || ((element > 2 || bytes > 16 || (p.type == Type::bf16 && !x86)) && !narrow && run >= at_once && (p.channels_last ? spread : met <= 12 || j.vin.row <= 512) &&
                            (gaps ? (p.C - 1) % j.lanes + 1 >= at_once && (!j.forward || p.K < 4 || bytes == vector_bytes) : p.stride_w == 1));
   j.multiple = j.direct && gaps && !j.windows ? at_once : 1;
   j.bytes = j.windows || (!j.direct && p.channels_last && 4 * j.nq * j.lanes >= vector_bytes) ? vector_bytes : bytes;
@@ -1027,7 +1025,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   // would come back from memory for their ends, from a buffer. Not fresh memory, which the system clears through the caches when it is first written.
   const auto bytes_of = [&](const View& v) { return p.N * p.C * v.rows * v.width * element; };
   const int64_t output = bytes_of(j.vout);
-  const bool large = can_store_past_caches && !j.fresh && bytes_of(j.vin) + (j.want_weight ? 2 : 1) * output >= 64 << 20, whole_lines = (gaps ? j.lanes | p.C : j.vout.row) * element % 64 == 0;
+  const bool large = x86 && !j.fresh && bytes_of(j.vin) + (j.want_weight ? 2 : 1) * output >= 64 << 20, whole_lines = (gaps ? j.lanes | p.C : j.vout.row) * element % 64 == 0;
   j.staged = large && j.out && j.nq == Q && (j.direct ? !gaps && !j.windows && !(whole_lines && (vector_bytes == 64 || p.channels_last)) : j.lanes == 1);
   j.past_caches = large && j.direct && whole_lines && vector_bytes == 64 && !j.staged;
   j.uncached = j.direct && !j.past_caches && !j.staged && output >= 4 << 20;
