@@ -1022,11 +1022,11 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.together = j.bands * j.column_tiles > 1 ? 1 : clamp(budget / ((j.in_rows + j.band) * j.slots), 1, j.images);
   j.sets = ceil_div(j.images, j.together);
   // An output that no cache holds beside what it is made of is stored past them: pixels or rows of whole lines where they are made; others, whose lines
-  // would come back from memory for their ends, from a buffer. Not fresh memory, which the system clears through the caches when it is first written.
+  // would come back from memory for their ends, from a buffer, where that gains: not those of 16-bit types, computed in place, or of small NHWC images. Not fresh memory, which the system clears through the caches when it is first written.
   const auto bytes_of = [&](const View& v) { return p.N * p.C * v.rows * v.width * element; };
   const int64_t output = bytes_of(j.vout);
   const bool large = x86 && !j.fresh && bytes_of(j.vin) + (j.want_weight ? 2 : 1) * output >= 64 << 20, whole_lines = (gaps ? j.lanes | p.C : j.vout.row) * element % 64 == 0;
-  j.staged = large && j.out && j.nq == Q && (j.direct ? !gaps && !j.windows && !(whole_lines && (vector_bytes == 64 || p.channels_last)) : j.lanes == 1);
+  j.staged = large && j.out && j.nq == Q && (j.direct ? !gaps && !j.windows && element > 2 && (!p.channels_last || j.vout.rows * j.vout.row * element >= 4096) && !(whole_lines && (vector_bytes == 64 || p.channels_last)) : j.lanes == 1);
   j.past_caches = large && j.direct && whole_lines && vector_bytes == 64 && !j.staged;
   j.uncached = j.direct && !j.past_caches && !j.staged && output >= 4 << 20;
   const int64_t units = j.sets * j.bands * j.column_tiles;
