@@ -591,7 +591,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   }
   // The rows that the next N meet first, by the last tap of each class: short ones end before the processor foresees them; long ones crowd one another out of the cache.
   template <int N, class E> static INLINE void prefetch(const Rows<const E>& in, int64_t row, int64_t classes, int64_t D, int64_t L, int64_t at) {
-    if (N == 1 || in.stride * sizeof(E) >= 4096) return;
+    if (N == 1 || in.stride * sizeof(E) >= 16384) return;
     const E* from = in.data + row * in.stride + at;
     for (int64_t c = 0; c < classes; c++, from -= D * in.stride) {
 #pragma GCC unroll 8
