@@ -39,7 +39,7 @@ void cpu_backward(const Problem&, const void* grad_output, const void* x, const 
 // Tiles are cut alike whatever the number of threads, and partial sums are added in a fixed order: results are reproducible.
 #ifndef __SANITIZE_ADDRESS__  // takes minutes
 // The rest is built faster with less, and this without what gains nothing here.
-#pragma GCC optimize("O3", "no-tree-pre", "no-tree-vrp", "no-tree-dominator-opts", "no-code-hoisting", "no-tree-slp-vectorize")
+#pragma GCC optimize("O3", "no-tree-pre", "no-tree-vrp", "no-tree-dominator-opts", "no-code-hoisting", "no-tree-slp-vectorize", "no-predictive-commoning")
 #endif
 #include <sys/mman.h>
 #include <algorithm>
