@@ -154,8 +154,8 @@ def _compile(name, folder, sources, cflags, cuda_flags, cuda_home):
     # load_inline makes one file of all C++ and one of all CUDA; the others are compiled beside them, in a third of the time.
     (shared, cpu, *types, operators), (kernels, plans, launchers, first, *more) = (
         re.split("// ---- end of .* ----\n", sources[name]) for name in ("depthwise_kx1.cpp", "depthwise_kx1.cu"))
-    others = {f"cpu{i}.cpp": shared + cpu + part for i, part in enumerate(types)}
-    others |= {f"{i}.cu": shared + kernels + launchers + part for i, part in enumerate(more) if cuda_home}
+    others = {f"{i}.cu": shared + kernels + launchers + part for i, part in enumerate(more) if cuda_home}
+    others |= {f"cpu{i}.cpp": shared + cpu + part for i, part in enumerate(types)}  # the shortest last: not all find a processor at first
     for file, text in others.items():
         with open(f"{folder}/{file}", "w", encoding="utf-8") as file:
             file.write(text)

@@ -3115,54 +3115,57 @@ const char* launch(const Call& c) {
 
 Outcome walk_f64(const Call& c) { return launch_walk<double, 1>(c); }
 Outcome bulk_f32(const Call& c) { return launch_bulk<float>(c); }
-Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1>(c); }
+// ---- end of a part ----
+Outcome march_last_f32(const Call& c) { return launch_march_last<float>(c); }
+// ---- end of a part ----
+Outcome planes_f32(const Call& c) { return launch_planes<float>(c); }
+// ---- end of a part ----
+Outcome planes_f16(const Call& c) { return launch_planes<f16>(c); }
+// ---- end of a part ----
+Outcome planes_bf16(const Call& c) { return launch_planes<bf16>(c); }
 // ---- end of a part ----
 Outcome bulk_f16(const Call& c) { return launch_bulk<f16>(c); }
-Outcome low_f32(const Call& c) { return launch_low<float>(c); }
 Outcome slide_f32(const Call& c) { return launch_slide<float>(c); }
 // ---- end of a part ----
 Outcome bulk_bf16(const Call& c) { return launch_bulk<bf16>(c); }
-Outcome march_f16(const Call& c) { return launch_march<f16>(c); }
-Outcome march_bf16(const Call& c) { return launch_march<bf16>(c); }
+Outcome slide_bf16(const Call& c) { return launch_slide<bf16>(c); }
 // ---- end of a part ----
-Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4>(c); }
-Outcome low_f16(const Call& c) { return launch_low<f16>(c); }
-Outcome slide_f16(const Call& c) { return launch_slide<f16>(c); }
-Outcome walk_4_f16(const Call& c) { return launch_walk<f16, 4>(c); }
-Outcome walk_1_f16(const Call& c) { return launch_walk<f16, 1>(c); }
+Outcome march_last_f16(const Call& c) { return launch_march_last<f16>(c); }
+Outcome march_last_bf16(const Call& c) { return launch_march_last<bf16>(c); }
 // ---- end of a part ----
 Outcome low_bf16(const Call& c) { return launch_low<bf16>(c); }
-Outcome slide_bf16(const Call& c) { return launch_slide<bf16>(c); }
-Outcome walk_4_bf16(const Call& c) { return launch_walk<bf16, 4>(c); }
+Outcome walk_1_f16(const Call& c) { return launch_walk<f16, 1>(c); }
 Outcome walk_1_bf16(const Call& c) { return launch_walk<bf16, 1>(c); }
+// ---- end of a part ----
+Outcome walk_1_f32(const Call& c) { return launch_walk<float, 1>(c); }
+Outcome walk_4_f32(const Call& c) { return launch_walk<float, 4>(c); }
+Outcome low_f32(const Call& c) { return launch_low<float>(c); }
+Outcome lean_f32(const Call& c) { return launch_lean<float>(c); }
+// ---- end of a part ----
+Outcome low_f16(const Call& c) { return launch_low<f16>(c); }
+Outcome walk_4_f16(const Call& c) { return launch_walk<f16, 4>(c); }
+Outcome slide_f16(const Call& c) { return launch_slide<f16>(c); }
+Outcome single_f16(const Call& c) { return launch_single<f16>(c); }
+Outcome single_f32(const Call& c) { return launch_single<float>(c); }
+// ---- end of a part ----
+Outcome march_f32(const Call& c) { return launch_march<float>(c); }
+Outcome walk_4_bf16(const Call& c) { return launch_walk<bf16, 4>(c); }
 // ---- end of a part ----
 Outcome toeplitz_f16(const Call& c) { return launch_toeplitz<f16>(c); }
 Outcome toeplitz_last_f16(const Call& c) { return launch_toeplitz_last<f16>(c); }
 // ---- end of a part ----
 Outcome toeplitz_bf16(const Call& c) { return launch_toeplitz<bf16>(c); }
 Outcome toeplitz_last_bf16(const Call& c) { return launch_toeplitz_last<bf16>(c); }
-// ---- end of a part ----
-Outcome direct_f16(const Call& c) { return launch_direct<f16>(c); }
-Outcome lean_f16(const Call& c) { return launch_lean<f16>(c); }
-Outcome single_f16(const Call& c) { return launch_single<f16>(c); }
-Outcome march_f32(const Call& c) { return launch_march<float>(c); }
-// ---- end of a part ----
-Outcome march_last_f32(const Call& c) { return launch_march_last<float>(c); }
-// ---- end of a part ----
-Outcome march_last_f16(const Call& c) { return launch_march_last<f16>(c); }
-Outcome march_last_bf16(const Call& c) { return launch_march_last<bf16>(c); }
-// ---- end of a part ----
 Outcome direct_f32(const Call& c) { return launch_direct<float>(c); }
-Outcome lean_f32(const Call& c) { return launch_lean<float>(c); }
-Outcome single_f32(const Call& c) { return launch_single<float>(c); }
-Outcome direct_f64(const Call& c) { return launch_direct<double>(c); }
-Outcome single_f64(const Call& c) { return launch_single<double>(c); }
-Outcome planes_f32(const Call& c) { return launch_planes<float>(c); }
 // ---- end of a part ----
-Outcome planes_f16(const Call& c) { return launch_planes<f16>(c); }
-Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
-// ---- end of a part ----
-Outcome planes_bf16(const Call& c) { return launch_planes<bf16>(c); }
+Outcome march_f16(const Call& c) { return launch_march<f16>(c); }
+Outcome march_bf16(const Call& c) { return launch_march<bf16>(c); }
+Outcome direct_f16(const Call& c) { return launch_direct<f16>(c); }
 Outcome direct_bf16(const Call& c) { return launch_direct<bf16>(c); }
+Outcome direct_f64(const Call& c) { return launch_direct<double>(c); }
+Outcome lean_f16(const Call& c) { return launch_lean<f16>(c); }
 Outcome lean_bf16(const Call& c) { return launch_lean<bf16>(c); }
 Outcome single_bf16(const Call& c) { return launch_single<bf16>(c); }
+Outcome single_f64(const Call& c) { return launch_single<double>(c); }
+// ---- end of a part ----
+Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
