@@ -112,7 +112,7 @@ template <class E> struct Conv {
   Rows<const E> in; int64_t in_rows, S, off, D, K;
   const E* w; int64_t w_tap; const E* init; int64_t period, slots;
   const void** table;  // of 8 * (K + 1) pointers
-  bool windows, uncached, past_caches;
+  bool windows, next_image, uncached, past_caches;
 };
 // Sums of tap k, `tap` apart, += rows m of g times those rows m * S + off + k * D of x that exist. Slots share a sum every `period`; those of a last, overlapping vector have their own.
 template <class E> struct Correlation {
@@ -515,10 +515,11 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
   // what the next rows meet if rows are short, else what lies ahead. The second cache can have more lines on their way than the first; 16-bit types
   // gain more by having the line in the first, where rows are long. A vector that lies across two lines has its end prefetched, since a pixel's other
   // vectors seldom begin there; for 16-bit types, where one more prefetch costs little beside the conversion, its beginning, too.
+  // While at the first rows of an image, `next_image` has those prefetched that the same rows of the next image meet.
   // Lines of an `uncached` out are prefetched likewise, since stores wait for theirs one after the other.
   // WIDE also serves where rows are few, or meet no row of in that another meets. WINDOWS is WIDE for pixels or rows smaller than a vector, of which a window is taken at a time.
   template <bool WIDE, bool WINDOWS, class E> static INLINE void conv(const Conv<E>& c) {
-    const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table, windows, uncached, past_caches] = c;
+    const auto [images, out, out_rows, in, in_rows, S, off, D, K, w, w_tap, init, period, slots, table, windows, next_image, uncached, past_caches] = c;
     constexpr int N = (!WIDE && most == 7 && (BYTES == 64 || vectors<E> == 1)) || (WINDOWS && vectors<E> == 1) ? 8 : 4, A = !WIDE || WINDOWS ? 1 : (BYTES == 64 ? 4 : 2) / vectors<E>;  // as many sums as registers hold
     constexpr int H = A * vectors<E>;
     const int64_t px = in.lanes + in.skip;
@@ -528,6 +529,7 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
     const int64_t width = WINDOWS ? window.pixels * in.lanes : at_once<E>, step = A * width;
     const int64_t apart = std::lcm(S, D) / S, jump = out_rows < 2 * apart ? 1 : apart;  // rows of out that share rows of in; that are taken at once
     const int64_t L = out_rows == 1 ? D : jump * S, every = jump < apart && out_rows > 1 ? K + 1 : L / D, wrap = step % period, tail = (slots - step) % period, w_step = every * w_tap, o_step = jump * out.stride, next_out = out.stride * sizeof(E) < 4096 ? N * o_step : 512 / sizeof(E);
+    const int64_t met = clamp(off, 0, in_rows), met_end = clamp(off + (K - 1) * D + (N - 1) * L + 1, 0, in_rows);  // by the first N rows of out
     for (int64_t start = 0; start < std::min(jump, out_rows); start++)
       for (int64_t m = start; m < out_rows; m += N * jump) {
         const int64_t count = std::min<int64_t>(N, (out_rows - m + jump - 1) / jump);
@@ -573,6 +575,8 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
           }
           const bool room = i + step - width + at_once<E> <= slots;  // for what a vector has behind its pixels: the next one overwrites that
           prefetch<WIDE ? 1 : N>(in, m * S + off + (K - 1) * D + N * L, classes, D, L, at[0]);
+          if (!WIDE && next_image && m == 0)
+            for (int64_t row = met; row < met_end; row++) __builtin_prefetch(in.data + in.image + row * in.stride + at[0], 0, 2);
 #pragma GCC unroll 4
           for (int a = 0; a < A; a++) {
             E* to = out.data + n * out.image + m * out.stride + out.at(i + a * width);
@@ -733,6 +737,7 @@ struct Job {
   void* out;                           // y or grad_input
   bool forward, want_weight, want_bias, direct;  // direct: computed in the tensors, not in buffers;
   bool windows;                        // then: pixels of few channels with gaps between them, or short rows
+  bool next_image;                     // of several a tile, that no cache holds, while at one: what the next meets first is prefetched
   bool fresh, uncached;                // an output whose memory the system has yet to clear; that the second cache does not hold;
   bool past_caches, staged;            // that none holds: it is stored past them, where it is made or from a buffer
   View vin, vout, vgrad;               // vgrad: all columns of grad_output
@@ -861,7 +866,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
       auto compute = [&](auto out, auto in, auto x, auto* weights) {
         using E = std::remove_pointer_t<decltype(weights)>;
         const auto* init = weights + K * w_tap;
-        if (j.out && j.forward) conv(j.bytes, Conv<E>{images, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, padded, slots, table.data(), j.windows, j.uncached, j.past_caches});
+        if (j.out && j.forward) conv(j.bytes, Conv<E>{images, out, o1 - o0, in, i1 - i0, S, o0 * S - pad - i0, D, K, weights, w_tap, init, padded, slots, table.data(), j.windows, j.next_image, j.uncached, j.past_caches});
         if (j.out && !j.forward) for (int64_t i = o0; i < std::min(o0 + S, o1); i++) {
           // Rows i, i + S, ... of grad_input meet only the taps k, k + every, ...; the last of them meets the first row of grad_output.
           int64_t k = 0, every = S / std::gcd(S, D);
@@ -870,7 +875,7 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
           auto rows = out;
           rows.data += (i - o0) * out.stride, rows.stride *= S;
           conv(j.bytes, Conv<E>{images, rows, (o1 - i + S - 1) / S, in, i1 - i0, 1, (i + pad - k * D) / S - (taps - 1) * d - i0, d, taps,
-               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, padded, slots, table.data(), false, j.uncached, j.past_caches});
+               weights + (k + (taps - 1) * every) * w_tap, -every * w_tap, init, padded, slots, table.data(), false, j.next_image, j.uncached, j.past_caches});
         }
         if (j.want_weight) {
           if (ends && last >= 0 && last != slots) reduce(last);
@@ -1029,6 +1034,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   j.staged = large && j.out && j.nq == Q && (j.direct ? !gaps && !j.windows && element > 2 && (!p.channels_last || j.vout.rows * j.vout.row * element >= 4096) && !(whole_lines && (vector_bytes == 64 || p.channels_last)) : j.lanes == 1);
   j.past_caches = large && j.direct && whole_lines && vector_bytes == 64 && !j.staged;
   j.uncached = j.direct && !j.past_caches && !j.staged && output >= 4 << 20;
+  j.next_image = j.direct && j.together > 1 && bytes_of(j.vin) >= 4 << 20;
   const int64_t units = j.sets * j.bands * j.column_tiles;
   const int64_t total = p.N * p.C * std::max(p.H * p.W, p.H_out * p.W_out);
   // A task sets up and adds up sums of its own: it takes at least 8 numbers for each, or 2 if else there were not even 4 tasks.
