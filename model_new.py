@@ -151,11 +151,11 @@ def _compile(name, folder, sources, cflags, cuda_flags, cuda_home):
     from unittest.mock import patch
     with patch.object(logging.getLogger("torch.utils.cpp_extension"), "disabled", True):  # where it finds no GPU, it says so
         from torch.utils import cpp_extension
-    # load_inline makes one file of all C++ and one of all CUDA; the others are compiled beside them, in a third of the time.
+    # load_inline makes one file of all C++ and one of all CUDA; the others, of even length, are compiled beside them, in a third of the time.
     (shared, cpu, *types, operators), (kernels, plans, launchers, first, *more) = (
         re.split("// ---- end of .* ----\n", sources[name]) for name in ("depthwise_kx1.cpp", "depthwise_kx1.cu"))
     others = {f"{i}.cu": shared + kernels + launchers + part for i, part in enumerate(more) if cuda_home}
-    others |= {f"cpu{i}.cpp": shared + cpu + part for i, part in enumerate(types)}  # the shortest last: not all find a processor at first
+    others |= {f"cpu{i}.cpp": shared + cpu + part for i, part in enumerate(types)}
     for file, text in others.items():
         with open(f"{folder}/{file}", "w", encoding="utf-8") as file:
             file.write(text)

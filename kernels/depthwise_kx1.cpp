@@ -52,7 +52,7 @@ void cpu_backward(const Problem&, const void* grad_output, const void* x, const 
 #define INLINE __attribute__((always_inline)) inline
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only to what is inlined
 
-inline namespace cpu {  // not an unnamed one: the three parts share instances
+inline namespace cpu {  // not an unnamed one: the parts share instances
 struct Half { uint16_t bits; };
 struct BFloat16 { uint16_t bits; };
 template <class To, class From> INLINE To bit_cast(const From& from) { To to; static_assert(sizeof to == sizeof from); std::memcpy(&to, &from, sizeof to); return to; }
@@ -940,11 +940,10 @@ template <class T> void tasks(const Job& j, int64_t begin, int64_t end) {
 #endif
 }
 
-void float64_tasks(const Job&, int64_t begin, int64_t end);
 void float16_tasks(const Job&, int64_t begin, int64_t end);
 void bfloat16_tasks(const Job&, int64_t begin, int64_t end);
 }  // namespace cpu
-// ---- end of what is compiled with each of the next four parts ----
+// ---- end of what is compiled with each of the next two parts ----
 
 extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*), void*);  // of torch/csrc/stable/c/shim.h
 template void conv(int, const Conv<float>&);
@@ -1045,7 +1044,7 @@ void run(Job j, void* grad_weight, void* grad_bias) {
   if (j.want_weight || j.want_bias) sums.resize(count * (p.K + 1) * j.lanes);
   j.sums = sums.data();
   parallel(count, std::max<int64_t>(1, grain / (total / count + 1)), [&](int64_t b, int64_t e) {
-    (p.type == Type::f32 ? tasks<float> : p.type == Type::f64 ? float64_tasks : p.type == Type::f16 ? float16_tasks : bfloat16_tasks)(j, b, e);
+    (p.type == Type::f32 ? tasks<float> : p.type == Type::f64 ? tasks<double> : p.type == Type::f16 ? float16_tasks : bfloat16_tasks)(j, b, e);
   });
   if (sums.empty()) return;
   parallel(p.C, std::max<int64_t>(1, grain / (j.groups * (p.K + 1))), [&](int64_t b, int64_t e) {
@@ -1103,16 +1102,11 @@ void cpu_backward(const Problem& p, const void* grad_output, const void* x, cons
   j.p = p, j.in = grad_output, j.weight = weight, j.x = x, j.out = grad_input, j.want_weight = grad_weight, j.want_bias = grad_bias;
   run(j, grad_weight, grad_bias);
 }
-// ---- end of the CPU kernels for float32 ----
-
-void cpu::float64_tasks(const Job& j, int64_t begin, int64_t end) { tasks<double>(j, begin, end); }
-// ---- end of the CPU kernels for float64 ----
+// ---- end of the CPU kernels for float32 and float64 ----
 
 void cpu::float16_tasks(const Job& j, int64_t begin, int64_t end) { tasks<Half>(j, begin, end); }
-// ---- end of the CPU kernels for float16 ----
-
 void cpu::bfloat16_tasks(const Job& j, int64_t begin, int64_t end) { tasks<BFloat16>(j, begin, end); }
-// ---- end of the CPU kernels for bfloat16 ----
+// ---- end of the CPU kernels for 16-bit types ----
 
 #define AT_PER_OPERATOR_HEADERS  // a second less to compile
 #if __has_include(<Python.h>)

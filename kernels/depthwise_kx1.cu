@@ -3167,5 +3167,4 @@ Outcome lean_f16(const Call& c) { return launch_lean<f16>(c); }
 Outcome lean_bf16(const Call& c) { return launch_lean<bf16>(c); }
 Outcome single_bf16(const Call& c) { return launch_single<bf16>(c); }
 Outcome single_f64(const Call& c) { return launch_single<double>(c); }
-// ---- end of a part ----
 Outcome toeplitz_f32(const Call& c) { return launch_toeplitz<float>(c); }
