@@ -575,8 +575,10 @@ template <class R, int BYTES, class Word = uint32_t, class Short = uint16_t> str
           }
           const bool room = i + step - width + at_once<E> <= slots;  // for what a vector has behind its pixels: the next one overwrites that
           prefetch<WIDE ? 1 : N>(in, m * S + off + (K - 1) * D + N * L, classes, D, L, at[0]);
-          if (!WIDE && next_image && m == 0)
-            for (int64_t row = met; row < met_end; row++) __builtin_prefetch(in.data + in.image + row * in.stride + at[0], 0, 2);
+          if (next_image && m == 0)
+            for (int64_t row = met; row < met_end; row++)
+#pragma GCC unroll 4
+              for (int a = 0; a < A; a++) __builtin_prefetch(in.data + in.image + row * in.stride + at[a], 0, 2);
 #pragma GCC unroll 4
           for (int a = 0; a < A; a++) {
             E* to = out.data + n * out.image + m * out.stride + out.at(i + a * width);
